@@ -1,0 +1,78 @@
+// Package need tells a test whether this machine has what the test wants: root, a TUN device, user namespaces, a program.
+//
+// A test that lacks it is skipped with the missing thing named, so that `go test ./...` passes for anybody. Where
+// WFPSTACK_E2E=require is set, as in CI, the same lack is a failure: a green run there means that everything ran.
+package need
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// Required reports whether missing prerequisites fail a test instead of skipping it.
+func Required() bool { return os.Getenv("WFPSTACK_E2E") == "require" }
+
+// Missing skips t, or fails it where prerequisites are required, naming what is missing.
+func Missing(t testing.TB, format string, args ...any) {
+	t.Helper()
+	what := fmt.Sprintf(format, args...)
+	if Required() {
+		t.Fatalf("WFPSTACK_E2E=require, but missing: %s", what)
+	}
+	t.Skipf("missing: %s", what)
+}
+
+// Root wants uid 0 with CAP_NET_ADMIN over a network namespace of its own making.
+func Root(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		Missing(t, "root (uid 0)")
+	}
+	if err := tryNamespaces(syscall.CLONE_NEWNET); err != nil {
+		Missing(t, "the right to make network namespaces: %v", err)
+	}
+}
+
+// UserNS wants unprivileged user namespaces.
+func UserNS(t testing.TB) {
+	t.Helper()
+	if err := tryNamespaces(syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET | syscall.CLONE_NEWNS | syscall.CLONE_NEWPID); err != nil {
+		Missing(t, "user namespaces: %v", err)
+	}
+}
+
+// TUN wants a /dev/net/tun that this process may open.
+func TUN(t testing.TB) {
+	t.Helper()
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		Missing(t, "/dev/net/tun: %v", err)
+	}
+	unix.Close(fd)
+}
+
+// Program wants an executable in PATH and returns its path.
+func Program(t testing.TB, name string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		Missing(t, "program %s: %v", name, err)
+	}
+	return path
+}
+
+// tryNamespaces runs a process that ends at once in the given new namespaces.
+func tryNamespaces(flags uintptr) error {
+	cmd := exec.Command("/bin/true")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags}
+	if flags&syscall.CLONE_NEWUSER != 0 {
+		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getuid(), HostID: os.Getuid(), Size: 1}}
+		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getgid(), HostID: os.Getgid(), Size: 1}}
+	}
+	return cmd.Run()
+}
