@@ -238,4 +238,4 @@ func (s *FieldSet) Add(f Field) { s[f/64] |= 1 << (f % 64) }
 func (s *FieldSet) Remove(f Field) { s[f/64] &^= 1 << (f % 64) }
 
 // Has reports whether the set holds a field.
-func (s *FieldSet) Has(f Field) bool { return s[f/64]&(1<<(f%64)) != 0 }
+func (s FieldSet) Has(f Field) bool { return s[f/64]&(1<<(f%64)) != 0 }

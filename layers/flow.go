@@ -60,8 +60,11 @@ func (f *Flow) ID() FlowID {
 
 // Attach hangs a context on the flow, to be given to one callout at one layer, and back to it when the flow ends.
 //
-// Errors: ErrExists when there is one for that layer and callout; ErrFlowGone; ErrInvalid for a nil context; ErrClosing.
+// Errors: ErrExists when there is one for that layer and callout; ErrFlowGone; ErrInvalid for a nil context or flow; ErrClosing.
 func (f *Flow) Attach(layer ID, consumer FlowConsumer, context any) error {
+	if f == nil {
+		return fmt.Errorf("attach to flow: %w: this indication has no flow", ErrInvalid)
+	}
 	if context == nil || consumer == nil {
 		return fmt.Errorf("attach to flow: %w: nil context or consumer", ErrInvalid)
 	}
@@ -110,6 +113,9 @@ func (f *Flow) Context(layer ID, callout CalloutID) any {
 //
 // Errors: ErrNotFound.
 func (f *Flow) Detach(layer ID, callout CalloutID) error {
+	if f == nil {
+		return fmt.Errorf("flow context at %v: %w", layer, ErrNotFound)
+	}
 	key := contextKey{layer, callout}
 	f.mu.Lock()
 	c, ok := f.contexts[key]
@@ -132,8 +138,19 @@ func (f *Flow) Abort() {
 	}
 }
 
+// Contexts returns how many contexts hang on the flow.
+func (f *Flow) Contexts() int {
+	if f == nil {
+		return 0
+	}
+	return int(f.attached.Load())
+}
+
 // End hands all contexts back and refuses new ones. For the stack, when the flow is over. It is idempotent.
 func (f *Flow) End() {
+	if f == nil {
+		return
+	}
 	f.mu.Lock()
 	contexts := f.contexts
 	f.contexts, f.ended = nil, true

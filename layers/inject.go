@@ -148,10 +148,11 @@ func (i *Injector) inject(target InjectTarget, c *Clone, done func(error)) error
 	i.outstanding++
 	i.mu.Unlock()
 	err = i.backend.Inject(target, t, t.Mark.By(i.id), func(err error) {
+		// Deferred, so that a done function that panics cannot hang Close.
+		defer i.finished()
 		if done != nil {
 			done(err)
 		}
-		i.finished()
 	})
 	if err != nil {
 		i.finished()

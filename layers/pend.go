@@ -100,8 +100,16 @@ func (p *PendedOp) Complete(c *Clone) error {
 	return nil
 }
 
-// Cancel ends the operation without its callout. For the stack; it reports whether it was the one that ended it.
-func (p *PendedOp) Cancel(cause PendCause) bool { return p.end(cause) == nil }
+// Cancel ends the operation without its callout, as abandoned, past its deadline or stopped. For the stack; it reports whether
+// it was the one that ended it. Any other cause ends nothing.
+func (p *PendedOp) Cancel(cause PendCause) bool {
+	switch cause {
+	case PendAbandoned, PendDeadline, PendStopped:
+		return p.end(cause) == nil
+	default:
+		return false
+	}
+}
 
 func (p *PendedOp) end(cause PendCause) error {
 	p.mu.Lock()

@@ -24,15 +24,22 @@ type AddressType uint8
 
 // The address types.
 const (
+	// AddressUnspecified is no address, or the unspecified one.
 	AddressUnspecified AddressType = 0
-	AddressUnicast     AddressType = 1
-	AddressAnycast     AddressType = 2
-	AddressMulticast   AddressType = 3
-	AddressBroadcast   AddressType = 4
+	// AddressUnicast is one host.
+	AddressUnicast AddressType = 1
+	// AddressAnycast is the nearest of several hosts; only the routing table can tell.
+	AddressAnycast AddressType = 2
+	// AddressMulticast is a group.
+	AddressMulticast AddressType = 3
+	// AddressBroadcast is everybody on the link; IPv4 only.
+	AddressBroadcast AddressType = 4
 )
 
-// AddressTypeOf classifies what can be told from the address alone; a subnet's broadcast address cannot.
+// AddressTypeOf classifies what can be told from the address alone; a subnet's broadcast address cannot. An IPv4-mapped address
+// is classified as the IPv4 address that it is.
 func AddressTypeOf(a netip.Addr) AddressType {
+	a = a.Unmap()
 	switch {
 	case !a.IsValid() || a.IsUnspecified():
 		return AddressUnspecified
@@ -48,29 +55,51 @@ func AddressTypeOf(a netip.Addr) AddressType {
 // Flags is the set of condition flags, the value of FieldFlags. Source: "filtering-condition-flags".
 type Flags uint32
 
-// The condition flags.
+// The condition flags. Several are of the platform only and are kept so that the numbers agree.
 const (
-	FlagIsLoopback                Flags = 0x1
-	FlagIsIPsecSecured            Flags = 0x2
-	FlagIsReauthorize             Flags = 0x4
-	FlagIsWildcardBind            Flags = 0x8
-	FlagIsRawEndpoint             Flags = 0x10
-	FlagIsFragment                Flags = 0x20
-	FlagIsFragmentGroup           Flags = 0x40
-	FlagIsIPsecNATTReclassify     Flags = 0x80
-	FlagRequiresALEClassify       Flags = 0x100
-	FlagIsImplicitBind            Flags = 0x200
-	FlagIsReassembled             Flags = 0x400
-	FlagIsNameAppSpecified        Flags = 0x4000
-	FlagIsPromiscuous             Flags = 0x8000
-	FlagIsAuthFW                  Flags = 0x10000
-	FlagIsReclassify              Flags = 0x20000
-	FlagIsOutboundPassThru        Flags = 0x40000
-	FlagIsInboundPassThru         Flags = 0x80000
-	FlagIsConnectionRedirected    Flags = 0x100000
-	FlagIsProxyConnection         Flags = 0x200000
-	FlagIsAppContainerLoopback    Flags = 0x400000
+	// FlagIsLoopback is traffic that does not leave the machine; both its sides carry it.
+	FlagIsLoopback Flags = 0x1
+	// FlagIsIPsecSecured is traffic that IPsec protects; never set here.
+	FlagIsIPsecSecured Flags = 0x2
+	// FlagIsReauthorize marks an authorisation of a flow or pended operation that was authorised or pended before.
+	FlagIsReauthorize Flags = 0x4
+	// FlagIsWildcardBind is a bind that left the address or the port open.
+	FlagIsWildcardBind Flags = 0x8
+	// FlagIsRawEndpoint is a raw socket.
+	FlagIsRawEndpoint Flags = 0x10
+	// FlagIsFragment is a single IP fragment.
+	FlagIsFragment Flags = 0x20
+	// FlagIsFragmentGroup is a chain of fragments on the forward path.
+	FlagIsFragmentGroup Flags = 0x40
+	// FlagIsIPsecNATTReclassify is a packet shown again after decapsulation from UDP port 4500; never set here.
+	FlagIsIPsecNATTReclassify Flags = 0x80
+	// FlagRequiresALEClassify says that the packet is shown to auth recv-accept next; MetaALEClassifyRequired says the same.
+	FlagRequiresALEClassify Flags = 0x100
+	// FlagIsImplicitBind is a bind that the program did not ask for; deprecated on the platform.
+	FlagIsImplicitBind Flags = 0x200
+	// FlagIsReassembled is a packet put together from fragments.
+	FlagIsReassembled Flags = 0x400
+	// FlagIsNameAppSpecified says that the peer name was given by the program itself.
+	FlagIsNameAppSpecified Flags = 0x4000
+	// FlagIsPromiscuous is reserved.
+	FlagIsPromiscuous Flags = 0x8000
+	// FlagIsAuthFW is traffic exempted by an authenticated firewall; never set here.
+	FlagIsAuthFW Flags = 0x10000
+	// FlagIsReclassify is a bind or listen that is judged again.
+	FlagIsReclassify Flags = 0x20000
+	// FlagIsOutboundPassThru is a forwarded packet that this machine sent.
+	FlagIsOutboundPassThru Flags = 0x40000
+	// FlagIsInboundPassThru is a forwarded packet that this machine receives.
+	FlagIsInboundPassThru Flags = 0x80000
+	// FlagIsConnectionRedirected is a connection that a redirect callout sent elsewhere.
+	FlagIsConnectionRedirected Flags = 0x100000
+	// FlagIsProxyConnection is a connection made by a proxy, with redirect records.
+	FlagIsProxyConnection Flags = 0x200000
+	// FlagIsAppContainerLoopback is loopback traffic of a contained program.
+	FlagIsAppContainerLoopback Flags = 0x400000
+	// FlagIsNonAppContainerLoopback is loopback traffic of an ordinary program.
 	FlagIsNonAppContainerLoopback Flags = 0x800000
+	// FlagIsHonoringPolicyAuthorize is an extra authorisation with the destination before redirection; normally permitted.
 	FlagIsHonoringPolicyAuthorize Flags = 0x2000000
 )
 
@@ -79,18 +108,30 @@ type ReauthorizeReason uint32
 
 // The reauthorisation reasons.
 const (
-	ReauthPolicyChange           ReauthorizeReason = 0x1
-	ReauthNewArrivalInterface    ReauthorizeReason = 0x2
-	ReauthNewNextHopInterface    ReauthorizeReason = 0x4
-	ReauthProfileCrossing        ReauthorizeReason = 0x8
-	ReauthClassifyCompletion     ReauthorizeReason = 0x10
+	// ReauthPolicyChange is a filter added or deleted at the layer that authorised the flow.
+	ReauthPolicyChange ReauthorizeReason = 0x1
+	// ReauthNewArrivalInterface is a packet that came by another interface than the flow's.
+	ReauthNewArrivalInterface ReauthorizeReason = 0x2
+	// ReauthNewNextHopInterface is a packet that leaves by another interface than the flow's.
+	ReauthNewNextHopInterface ReauthorizeReason = 0x4
+	// ReauthProfileCrossing is a crossing between interfaces of different network profiles.
+	ReauthProfileCrossing ReauthorizeReason = 0x8
+	// ReauthClassifyCompletion is the completion of an operation pended at auth connect.
+	ReauthClassifyCompletion ReauthorizeReason = 0x10
+	// ReauthIPsecPropertiesChanged is a change of the connection's IPsec state.
 	ReauthIPsecPropertiesChanged ReauthorizeReason = 0x20
-	ReauthMidStreamInspection    ReauthorizeReason = 0x40
-	ReauthSocketPropertyChanged  ReauthorizeReason = 0x80
-	ReauthNewInboundMcastBcast   ReauthorizeReason = 0x100
-	ReauthEDPPolicyChanged       ReauthorizeReason = 0x200
-	ReauthProxyHandleChanged     ReauthorizeReason = 0x4000
-	ReauthCheckOffload           ReauthorizeReason = 0x10000
+	// ReauthMidStreamInspection is a callout that asked to see existing connections.
+	ReauthMidStreamInspection ReauthorizeReason = 0x40
+	// ReauthSocketPropertyChanged is a change of a socket option that matters to firewalls.
+	ReauthSocketPropertyChanged ReauthorizeReason = 0x80
+	// ReauthNewInboundMcastBcast is a new inbound multicast or broadcast; auth recv-accept only.
+	ReauthNewInboundMcastBcast ReauthorizeReason = 0x100
+	// ReauthEDPPolicyChanged is a change of data-protection policy; never set here.
+	ReauthEDPPolicyChanged ReauthorizeReason = 0x200
+	// ReauthProxyHandleChanged is a change of the proxy's redirect handle.
+	ReauthProxyHandleChanged ReauthorizeReason = 0x4000
+	// ReauthCheckOffload is an offload check; never set here.
+	ReauthCheckOffload ReauthorizeReason = 0x10000
 )
 
 // Values holds the field values of one indication. A field that is not set is empty; asking for it gives the zero value, and
