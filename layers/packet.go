@@ -161,7 +161,7 @@ func (c *Clone) TransportHeader() []byte {
 }
 
 // Payload returns the payload, for reading and editing in place.
-func (c *Clone) Payload() []byte { return c.part(c.header.PayloadStart, c.header.End) }
+func (c *Clone) Payload() []byte { return c.part(c.header.PayloadStart, c.header.PayloadEnd) }
 
 func (c *Clone) part(from, to int) []byte {
 	if !c.owned() {

@@ -36,6 +36,7 @@ type Header struct {
 	DstPort        uint16
 	TransportStart int // = size of the IP header with options and extension headers
 	PayloadStart   int // after the transport header; equals TransportStart for a later fragment and unknown protocols
+	PayloadEnd     int // where the payload ends: at End, or earlier by the length field of UDP
 	End            int // where the packet ends by its own length field; bytes after it are padding
 	Fragment       bool
 	FirstFragment  bool
@@ -51,30 +52,36 @@ func (h *Header) Destination() netip.AddrPort { return netip.AddrPortFrom(h.Dst,
 //
 // Errors: ErrTruncated, ErrHeader, wrapped with what is wrong.
 // Source: RFC 791, 3.1; RFC 8200, 3 and 4; RFC 9293, 3.1; RFC 768.
-func Parse(b []byte) (Header, error) {
+func Parse(b []byte) (Header, error) { return ParseHead(b, len(b)) }
+
+// ParseHead is Parse for a packet of total bytes of which only the first are at hand, in b: enough when they hold all headers.
+//
+// Errors: as Parse; also ErrTruncated where b ends within the headers.
+func ParseHead(b []byte, total int) (Header, error) {
 	if len(b) == 0 {
 		return Header{}, fmt.Errorf("%w: empty", ErrTruncated)
 	}
+	b = b[:min(len(b), total)]
 	var h Header
 	var err error
 	switch b[0] >> 4 {
 	case 4:
-		err = h.parseV4(b)
+		err = h.parseV4(b, total)
 	case 6:
-		err = h.parseV6(b)
+		err = h.parseV6(b, total)
 	default:
 		err = fmt.Errorf("%w: IP version %d", ErrHeader, b[0]>>4)
 	}
 	if err != nil {
 		return Header{}, err
 	}
-	if err := h.parseTransport(b[:h.End]); err != nil {
+	if err := h.parseTransport(b[:min(len(b), h.End)]); err != nil {
 		return Header{}, err
 	}
 	return h, nil
 }
 
-func (h *Header) parseV4(b []byte) error {
+func (h *Header) parseV4(b []byte, size int) error {
 	if len(b) < 20 {
 		return fmt.Errorf("%w: IPv4 header needs 20 bytes, has %d", ErrTruncated, len(b))
 	}
@@ -82,8 +89,11 @@ func (h *Header) parseV4(b []byte) error {
 	if ihl < 20 || total < ihl {
 		return fmt.Errorf("%w: IPv4 header length %d, total length %d", ErrHeader, ihl, total)
 	}
-	if total > len(b) {
-		return fmt.Errorf("%w: IPv4 total length %d, has %d", ErrTruncated, total, len(b))
+	if total > size {
+		return fmt.Errorf("%w: IPv4 total length %d, has %d", ErrTruncated, total, size)
+	}
+	if ihl > len(b) {
+		return fmt.Errorf("%w: IPv4 header needs %d bytes, has %d", ErrTruncated, ihl, len(b))
 	}
 	frag := binary.BigEndian.Uint16(b[6:])
 	h.Fragment = frag&0x3fff != 0
@@ -97,26 +107,27 @@ func (h *Header) parseV4(b []byte) error {
 // maxExtensionHeaders bounds the walk; a kernel would follow more, a filter need not.
 const maxExtensionHeaders = 8
 
-func (h *Header) parseV6(b []byte) error {
+func (h *Header) parseV6(b []byte, size int) error {
 	if len(b) < 40 {
 		return fmt.Errorf("%w: IPv6 header needs 40 bytes, has %d", ErrTruncated, len(b))
 	}
 	h.V6 = true
 	h.End = 40 + int(binary.BigEndian.Uint16(b[4:]))
-	if h.End > len(b) {
-		return fmt.Errorf("%w: IPv6 payload length %d, has %d", ErrTruncated, h.End-40, len(b)-40)
+	if h.End > size {
+		return fmt.Errorf("%w: IPv6 payload length %d, has %d", ErrTruncated, h.End-40, size-40)
 	}
+	end := min(h.End, len(b))
 	h.Src, h.Dst = netip.AddrFrom16([16]byte(b[8:24])), netip.AddrFrom16([16]byte(b[24:40]))
 	next, at := b[6], 40
 	for range maxExtensionHeaders {
 		switch next {
 		case 0, 43, 60: // hop-by-hop, routing, destination options
-			if at+8 > h.End || at+8+int(b[at+1])*8 > h.End {
+			if at+8 > end || at+8+int(b[at+1])*8 > end {
 				return fmt.Errorf("%w: IPv6 extension header %d", ErrTruncated, next)
 			}
 			next, at = b[at], at+8+int(b[at+1])*8
 		case 44: // fragment
-			if at+8 > h.End {
+			if at+8 > end {
 				return fmt.Errorf("%w: IPv6 fragment header", ErrTruncated)
 			}
 			off := binary.BigEndian.Uint16(b[at+2:])
@@ -137,7 +148,7 @@ func (h *Header) parseV6(b []byte) error {
 
 // parseTransport reads ports and finds the payload; b ends where the packet ends.
 func (h *Header) parseTransport(b []byte) error {
-	h.PayloadStart = h.TransportStart
+	h.PayloadStart, h.PayloadEnd = h.TransportStart, h.End
 	if h.Fragment && !h.FirstFragment {
 		return nil
 	}
@@ -159,10 +170,13 @@ func (h *Header) parseTransport(b []byte) error {
 		if len(t) < 8 {
 			return fmt.Errorf("%w: UDP header needs 8 bytes, has %d", ErrTruncated, len(t))
 		}
-		if n := int(binary.BigEndian.Uint16(t[4:])); !h.Fragment && (n < 8 || n > len(t)) {
-			return fmt.Errorf("%w: UDP length %d, has %d", ErrHeader, n, len(t))
-		}
 		h.PayloadStart += 8
+		if n, has := int(binary.BigEndian.Uint16(t[4:])), h.End-h.TransportStart; !h.Fragment {
+			if n < 8 || n > has {
+				return fmt.Errorf("%w: UDP length %d, has %d", ErrHeader, n, has)
+			}
+			h.PayloadEnd = h.TransportStart + n
+		}
 	case ICMP, ICMPv6:
 		if len(t) < 8 {
 			return fmt.Errorf("%w: ICMP header needs 8 bytes, has %d", ErrTruncated, len(t))
@@ -230,7 +244,7 @@ func (h *Header) checksumOffset() (off int, ok bool) {
 
 // transportSum sums the transport part of b, with the pseudo header where the protocol has one.
 func (h *Header) transportSum(b []byte) uint32 {
-	t := b[h.TransportStart:h.End]
+	t := b[h.TransportStart:h.PayloadEnd]
 	if h.Protocol == ICMP {
 		return Sum(0, t)
 	}
