@@ -88,6 +88,11 @@ func openLink(o Options) (*link, error) {
 	if err != nil {
 		return nil, openError(o.Name, err)
 	}
+	if old.found {
+		if err := probe(o.Name, old.multiQueue); err != nil {
+			return nil, openError(o.Name, err)
+		}
+	}
 	if old.found && o.Queues > 1 && !old.multiQueue {
 		return nil, &OpError{Op: "open", Device: o.Name,
 			Err:  fmt.Errorf("%w: it was made for one queue, %d are wanted", ErrKind, o.Queues),
@@ -145,6 +150,20 @@ func lookUp(name string) (existing, error) {
 		found: true, ours: t.Alias == madeByUs, persistent: !t.NonPersist,
 		multiQueue: t.Flags&netlink.TUNTAP_MULTI_QUEUE != 0,
 	}, nil
+}
+
+// probe attaches to an interface that exists and lets go of it again. Of a single-queue one this is the only way to learn
+// that another process holds it; and water, which would learn it too, keeps its descriptor when an attach fails.
+func probe(name string, multiQueue bool) error {
+	flags := uint16(unix.IFF_TUN | unix.IFF_NO_PI)
+	if multiQueue {
+		flags |= unix.IFF_MULTI_QUEUE
+	}
+	fd, err := attach(name, flags)
+	if err != nil {
+		return err
+	}
+	return unix.Close(fd)
 }
 
 // openPlain opens the portable path.
