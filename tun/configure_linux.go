@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"syscall"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -107,7 +108,39 @@ func configure(name string, c Config) error {
 			return fmt.Errorf("add route %v: %w", r, err)
 		}
 	}
+	if c.Up || found.Attrs().Flags&net.FlagUp != 0 {
+		return awaitAddresses(c.Addresses)
+	}
 	return nil
+}
+
+// usableTimeout bounds the wait for an address to become usable. It takes a turn of a kernel worker, below 1 ms.
+const usableTimeout = 2 * time.Second
+
+// awaitAddresses returns when packets to the IPv6 addresses are delivered. The kernel installs their local routes from a
+// worker, also without duplicate address detection; until then it drops what arrives, and the first connection through
+// the device would wait a second for its SYN to be sent again.
+func awaitAddresses(addrs []netip.Prefix) error {
+	pause := 50 * time.Microsecond
+	for deadline := time.Now().Add(usableTimeout); len(addrs) > 0; {
+		a := addrs[0].Addr()
+		if a.Is4() || isLocal(a) {
+			addrs = addrs[1:]
+			continue
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("address %v is not usable after %v: %w", a, usableTimeout, os.ErrDeadlineExceeded)
+		}
+		time.Sleep(pause) // the route's own notification would need a second socket and a goroutine
+		pause = min(2*pause, 10*time.Millisecond)
+	}
+	return nil
+}
+
+// isLocal reports whether the kernel delivers packets to a.
+func isLocal(a netip.Addr) bool {
+	routes, err := netlink.RouteGet(a.AsSlice())
+	return err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL
 }
 
 // routes returns the routes wanted, default routes included.
