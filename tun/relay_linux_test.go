@@ -16,6 +16,7 @@ import (
 
 	"github.com/wfpstack/wfpstack/internal/need"
 	"github.com/wfpstack/wfpstack/tun"
+	"github.com/wfpstack/wfpstack/tun/tuntest"
 )
 
 // The tests of this file connect two kernels' TCP through two devices and a relay of ours: whatever segmentation and
@@ -207,6 +208,44 @@ func TestTransferBetweenKernels(t *testing.T) {
 				}
 			}
 			wait()
+		})
+	}
+}
+
+// The device in memory stands between the kernels here: what it does to packets, a real TCP would notice.
+func TestTransferThroughMemory(t *testing.T) {
+	for _, row := range []struct {
+		name string
+		mtu  int
+		tso  bool
+		addr string
+	}{
+		{"v4 with offload", 1500, true, "10.9.0.2"},
+		{"v6 with offload", 1500, true, "fd99::2"},
+		{"v4 without", 1500, false, "10.9.0.2"},
+		{"v6 without", 65520, false, "fd99::2"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			need.Root(t)
+			need.TUN(t)
+			o := tun.Options{MTU: row.mtu, NoOffload: !row.tso}
+			a, b := o, o
+			a.Name, b.Name = "wfpa", "wfpb"
+			client := newEnd(t, a, "10.9.0.1/24", "fd99::1/64")
+			server := newEnd(t, b, "10.9.0.2/24", "fd99::2/64")
+			left, right := tuntest.Pair(tuntest.Options{TSO: row.tso, MTU: row.mtu})
+			stopLeft := startRelays(t, client.dev, left)
+			stopRight := startRelays(t, right, server.dev)
+			transfer(t, client, server, row.addr, 64<<20)
+			for _, d := range []*tuntest.Device{left, right} {
+				for reason, n := range d.Stats().ReadDrops {
+					if n != 0 {
+						t.Errorf("%s: %d packets refused: %v", d.Name(), n, tun.DropReason(reason))
+					}
+				}
+			}
+			stopLeft()
+			stopRight()
 		})
 	}
 }

@@ -80,14 +80,22 @@ func EncodeHeader(h *[HeaderLen]byte, o Offload, size int) (reason DropReason, o
 	if reason, ok = o.fits(size); !ok {
 		return reason, false
 	}
-	var flags byte
+	if !PutHeader(h, o) {
+		return DropGSOType, false
+	}
+	return 0, true
+}
+
+// PutHeader writes the virtio-net header that says o to h, whether it fits a packet or not, for whoever plays the other
+// side. It is false if o has a GSO type that no header can say.
+func PutHeader(h *[HeaderLen]byte, o Offload) bool {
+	*h = [HeaderLen]byte{}
 	if o.NeedsCsum {
-		flags = flagNeedsCsum
+		h[0] = flagNeedsCsum
 	}
 	if o.CsumValid {
-		flags |= flagDataValid
+		h[0] |= flagDataValid
 	}
-	h[0] = flags
 	switch o.GSO {
 	case GSONone:
 		h[1] = virtioGSONone
@@ -98,13 +106,13 @@ func EncodeHeader(h *[HeaderLen]byte, o Offload, size int) (reason DropReason, o
 	case GSOUDP:
 		h[1] = virtioGSOUDP
 	default:
-		return DropGSOType, false
+		return false
 	}
 	binary.NativeEndian.PutUint16(h[2:], o.HdrLen)
 	binary.NativeEndian.PutUint16(h[4:], o.GSOSize)
 	binary.NativeEndian.PutUint16(h[6:], o.CsumStart)
 	binary.NativeEndian.PutUint16(h[8:], o.CsumOffset)
-	return 0, true
+	return true
 }
 
 // fits checks the lengths and offsets of o against a packet of size bytes. The sums are made in int: two 16-bit fields

@@ -116,11 +116,8 @@ func newDevice(o Options, in, out *tun.Ring) *Device {
 // Ownership: lends pkt.
 func (d *Device) Inject(pkt []byte, off tun.Offload) error {
 	var h [tun.HeaderLen]byte
-	if _, ok := tun.EncodeHeader(&h, off, len(pkt)); !ok {
-		// EncodeHeader checks against the size; for a size that fits everything it only encodes.
-		if reason, ok := tun.EncodeHeader(&h, off, 1<<20); !ok {
-			return fmt.Errorf("offload %+v cannot be written as a header (%v): %w", off, reason, tun.ErrOffload)
-		}
+	if !tun.PutHeader(&h, off) {
+		return fmt.Errorf("no header says %+v: %w", off, tun.ErrOffload)
 	}
 	return d.InjectRaw(h, pkt)
 }
