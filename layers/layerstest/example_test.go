@@ -18,13 +18,16 @@ func (noTelnet) Classify(in *layers.Indication) layers.Verdict {
 }
 
 func Example() {
-	for _, remote := range []string{"192.0.2.7:23", "[2001:db8::7]:23", "192.0.2.7:443"} {
-		local := "198.18.0.2:40000"
-		if remote[0] == '[' {
-			local = "[fd77::2]:40000"
-		}
-		in := layerstest.Indicate(layers.ALEAuthConnectV4, layerstest.Tuple(layerstest.TCP, local, remote))
-		fmt.Println(remote, noTelnet{}.Classify(in).Action)
+	for _, c := range []struct {
+		layer         layers.ID
+		local, remote string
+	}{
+		{layers.ALEAuthConnectV4, "198.18.0.2:40000", "192.0.2.7:23"},
+		{layers.ALEAuthConnectV6, "[fd77::2]:40000", "[2001:db8::7]:23"},
+		{layers.ALEAuthConnectV4, "198.18.0.2:40000", "192.0.2.7:443"},
+	} {
+		in := layerstest.Indicate(c.layer, layerstest.Tuple(layerstest.TCP, c.local, c.remote))
+		fmt.Println(c.remote, noTelnet{}.Classify(in).Action)
 	}
 	// Output:
 	// 192.0.2.7:23 BLOCK
