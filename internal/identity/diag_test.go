@@ -112,8 +112,22 @@ func TestPendedConnect(t *testing.T) {
 			c.close()
 			alive(t, d, s, false)
 
-			// The same addresses again are another socket.
-			again := bound(t, f, unix.SOCK_STREAM, f.told, client.Port())
+			// The same addresses again are another socket. Other programs may take the port in between.
+			again := rawSocket(t, f.domain, unix.SOCK_STREAM)
+			for tries := 0; ; tries++ {
+				err := unix.Bind(again.fd, sockaddr(netip.AddrPortFrom(f.told, client.Port())))
+				if err == nil {
+					break
+				}
+				if err != unix.EADDRINUSE || tries == 20 {
+					t.Fatalf("bind port %d again: %v", client.Port(), err)
+				}
+				c = rawSocket(t, f.domain, unix.SOCK_STREAM)
+				c.connect(t, at)
+				client = localOf(t, c)
+				s = check(t, d, c, TCP, client, server, SynSent)
+				c.close()
+			}
 			again.connect(t, at)
 			s2 := check(t, d, again, TCP, client, server, SynSent)
 			alive(t, d, s, false)

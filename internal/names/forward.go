@@ -59,16 +59,16 @@ func (h *health) order(c ResolvConf, now time.Time) []netip.Addr {
 			delete(h.down, s)
 		}
 	}
-	slices.SortStableFunc(servers, func(a, b netip.Addr) int { return h.downLocked(a) - h.downLocked(b) })
-	return servers
-}
-
-// +checklocks:h.mu
-func (h *health) downLocked(s netip.Addr) int {
-	if _, ok := h.down[s]; ok {
-		return 1
+	up := make([]netip.Addr, 0, len(servers))
+	var down []netip.Addr
+	for _, s := range servers {
+		if _, ok := h.down[s]; ok {
+			down = append(down, s)
+		} else {
+			up = append(up, s)
+		}
 	}
-	return 0
+	return append(up, down...)
 }
 
 // note remembers whether a server answered.

@@ -1,7 +1,6 @@
 package names
 
 import (
-	"context"
 	"fmt"
 	"net/netip"
 	"os"
@@ -458,53 +457,5 @@ func TestRecord(t *testing.T) {
 				}
 			}
 		})
-	}
-}
-
-// TestBounds holds questions at a silent server and counts who is turned away.
-func TestBounds(t *testing.T) {
-	n := newNetwork(t)
-	arrived := make(chan struct{}, 100)
-	n.serve("192.0.2.53", func(dns.ResponseWriter, *dns.Msg) { arrived <- struct{}{} }, "udp")
-	r := newResolver(t, n, "nameserver 192.0.2.53", Options{MaxInFlight: 3, MaxPerClient: 2})
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	b, err := query("a.example", dns.TypeA).Pack()
-	must(t, err)
-	ended := make(chan []byte, 10)
-	other := netip.MustParseAddrPort("[fd77::2]:4000")
-	for _, tc := range []struct {
-		from netip.AddrPort
-		want bool
-	}{{client, true}, {client, true}, {client, false}, {other, true}, {other, false}} {
-		if got := r.start(ctx, Query{Msg: b, From: tc.from}, func(b []byte) { ended <- b }); got != tc.want {
-			t.Errorf("question from %v accepted: %v, want %v", tc.from, got, tc.want)
-		}
-	}
-	for range 3 {
-		<-arrived
-	}
-	if s := r.Stats(); s.InFlight != 3 || s.InFlightLimit != 3 || s.DroppedFull != 1 || s.DroppedClientFull != 1 {
-		t.Errorf("stats = %+v", s)
-	}
-	cancel()
-	for range 3 {
-		if b := <-ended; b != nil {
-			t.Errorf("answer %x after the end of the context", b)
-		}
-	}
-	if s := r.Stats(); s.InFlight != 0 || s.Abandoned != 3 || s.Timeouts != 0 || len(r.clients) != 0 {
-		t.Errorf("stats = %+v", s)
-	}
-	if !r.start(t.Context(), Query{Msg: b, From: client}, func(b []byte) { ended <- b }) {
-		t.Error("no place after all were freed")
-	}
-	<-arrived
-	must(t, r.Close())
-	if b := <-ended; b != nil {
-		t.Errorf("answer %x after Close", b)
-	}
-	if r.Handle(t.Context(), Query{Msg: b, From: client}, func([]byte) { t.Error("answer from a closed resolver") }) {
-		t.Error("a closed resolver took a question")
 	}
 }

@@ -100,6 +100,7 @@ func NewTable(opt TableOptions) *Table {
 	set(&opt.MaxPairs, 65536)
 	set(&opt.NamesPerAddr, 32)
 	set(&opt.AddrsPerName, 64)
+	opt.NamesPerAddr = min(opt.NamesPerAddr, opt.MaxPairs) // one address alone must not break the bound
 	if opt.Floor <= 0 {
 		opt.Floor = time.Minute
 	}
@@ -166,8 +167,8 @@ func (t *Table) Add(addr netip.Addr, ttl time.Duration, names ...string) {
 		e.refs = t.keepLocked(e, now.UnixNano())
 	}
 	t.linkFirstLocked(e)
-	for _, name := range slices.Backward(names) { // the last one added is the first one found
-		t.pairLocked(e, canonical(name), until)
+	for i := len(names) - 1; i >= 0; i-- { // the last one added is the first one found
+		t.pairLocked(e, canonical(names[i]), until)
 	}
 	for (len(t.addrs) > t.opt.MaxAddrs || t.stats.Pairs > t.opt.MaxPairs) && t.evictLocked(e) {
 	}
@@ -222,18 +223,22 @@ func (t *Table) unpairLocked(e *addrEntry, n *nameEntry) {
 //
 // +checklocks:t.mu
 func (t *Table) keepLocked(e *addrEntry, now int64) []nameRef {
-	return slices.DeleteFunc(e.refs, func(r nameRef) bool {
-		if r.until >= now {
-			return false
+	kept := e.refs[:0]
+	for _, ref := range e.refs {
+		if ref.until >= now {
+			kept = append(kept, ref)
+			continue
 		}
-		r.name.addrs = slices.DeleteFunc(r.name.addrs, func(a netip.Addr) bool { return a == e.addr })
-		if len(r.name.addrs) == 0 {
-			delete(t.names, r.name.name)
+		n := ref.name
+		n.addrs = slices.DeleteFunc(n.addrs, func(a netip.Addr) bool { return a == e.addr })
+		if len(n.addrs) == 0 {
+			delete(t.names, n.name)
 		}
 		t.stats.Pairs--
 		t.stats.Expired++
-		return true
-	})
+	}
+	clear(e.refs[len(kept):])
+	return kept
 }
 
 // retireLocked drops up to two entries at the old end that ran out: every addition pays for two, so that the table shrinks without a
