@@ -273,13 +273,8 @@ func TestDig(t *testing.T) {
 		return Decision{}
 	}})
 	for _, host := range []string{"127.0.0.1", "::1"} {
-		pc, err := net.ListenPacket("udp", net.JoinHostPort(host, "0"))
-		if err != nil {
-			need.Missing(t, "loopback %s: %v", host, err)
-		}
+		pc, l := listenBoth(t, host)
 		port := pc.LocalAddr().(*net.UDPAddr).Port
-		l, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port)))
-		must(t, err)
 		var loops sync.WaitGroup
 		loops.Go(func() { serveUDP(t, r, pc) }) // ends with pc
 		loops.Go(func() { serveTCP(t, r, l) })  // ends with l
@@ -308,6 +303,25 @@ func TestDig(t *testing.T) {
 			if strings.Contains(string(out), "WARNING") || strings.Contains(string(out), "malformed") {
 				t.Errorf("dig %v complains:\n%s", args, out)
 			}
+		}
+	}
+}
+
+// listenBoth opens one port for both transports; other programs may hold one of the two.
+func listenBoth(t *testing.T, host string) (net.PacketConn, net.Listener) {
+	t.Helper()
+	for tries := 0; ; tries++ {
+		pc, err := net.ListenPacket("udp", net.JoinHostPort(host, "0"))
+		if err != nil {
+			need.Missing(t, "loopback %s: %v", host, err)
+		}
+		l, err := net.Listen("tcp", pc.LocalAddr().String())
+		if err == nil {
+			return pc, l
+		}
+		pc.Close()
+		if tries == 20 {
+			t.Fatalf("no port of %s is free for both transports: %v", host, err)
 		}
 	}
 }
