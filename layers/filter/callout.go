@@ -238,20 +238,20 @@ func (r *Registration) leave() {
 }
 
 // filterAdded tells the callout of a filter.
-func (r *Registration) filterAdded(e *Engine, o *object) (err error) {
+func (r *Registration) filterAdded(o *object) (err error) {
 	if r.filters == nil {
 		return nil
 	}
 	defer func() {
 		if p := recover(); p != nil {
-			e.panicked(r, o.Layer, "FilterAdded", p)
+			r.engine.panicked(r, o.Layer, "FilterAdded", p)
 			err = fmt.Errorf("FilterAdded panicked: %v", p)
 		}
 	}()
 	return r.filters.FilterAdded(o.ref())
 }
 
-func (r *Registration) filterDeleted(_ *Engine, o *object) {
+func (r *Registration) filterDeleted(o *object) {
 	if r.filters == nil {
 		return
 	}

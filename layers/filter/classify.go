@@ -13,32 +13,33 @@ type answer struct {
 }
 
 // Classify decides about one indication. It never blocks; callouts run on the caller's goroutine, their panics are contained.
+// Ask Active first where making the indication costs something.
 //
 // Hot path: no allocation when the result is permit, no lock, no log.
 // Ownership: lends in.
-func (e *Engine) Classify(in *layers.Indication) (d layers.Decision) {
+func (e *Engine) Classify(in *layers.Indication) layers.Decision {
 	t := e.tables[in.Layer].Load()
 	if t == nil {
-		d.Action = layers.Permit
-		return d
+		return layers.Decision{Action: layers.Permit}
 	}
-	t.classify(e, in, &d)
-	return d
+	return t.classify(in)
 }
 
 // classify walks the filters in order of evaluation. The sublayers lie one after the other: a verdict is merged and skips to
 // the next sublayer, no opinion goes on with the next filter.
-func (t *table) classify(e *Engine, in *layers.Indication, d *layers.Decision) {
+func (t *table) classify(in *layers.Indication) (d layers.Decision) {
 	var fr frame
 	fr.load(&in.Values, t.addrs)
+	var room [inlineLists][]int32
+	cur := t.cursor(&in.Values, room[:0])
 	m := merger{right: true}
-	for i := 0; i < len(t.filters); {
+	for i := cur.next(0); i < len(t.filters); i = cur.next(i) {
 		f := &t.filters[i]
 		i++
 		if !fr.holds(f.program) {
 			continue
 		}
-		a, ok := f.ask(e, in, m.right)
+		a, ok := f.ask(in, m.right)
 		if !ok {
 			continue
 		}
@@ -51,7 +52,16 @@ func (t *table) classify(e *Engine, in *layers.Indication, d *layers.Decision) {
 			i = int(f.end)
 		}
 	}
-	m.finish(t, d)
+	m.finish(t, &d)
+	return d
+}
+
+// cursor finds the filters that may match.
+func (t *table) cursor(v *layers.Values, room [][]int32) cursor {
+	if t.index == nil {
+		return cursor{linear: true}
+	}
+	return cursor{lists: t.index.collect(v, room)}
 }
 
 // merger is the state that is carried from sublayer to sublayer. Source: "filter-arbitration".
@@ -104,7 +114,7 @@ func (m *merger) finish(t *table, d *layers.Decision) {
 }
 
 // ask returns what a filter that matches says; ok is false when it counts as not matching after all.
-func (f *entry) ask(e *Engine, in *layers.Indication, right bool) (a answer, ok bool) {
+func (f *entry) ask(in *layers.Indication, right bool) (a answer, ok bool) {
 	switch f.action {
 	case ActionPermit:
 		return answer{layers.Verdict{Action: layers.Permit, Hard: f.hard}, f.plainReason(), false}, true
@@ -126,11 +136,11 @@ func (f *entry) ask(e *Engine, in *layers.Indication, right bool) (a answer, ok 
 	call := layers.Call{MayDecide: right, Filter: f.object.id, FilterName: f.object.Name, FilterHard: f.hard,
 		FilterContext: f.object.Context, Callout: r.id, CalloutName: r.name}
 	in.SetCall(&call)
-	v, panicked := r.classify(e, in)
+	v, panicked := r.classify(in)
 	if panicked {
 		return f.outcome(layers.ReasonCalloutError), true
 	}
-	return f.accept(e, in, r, v), true
+	return f.accept(in, r, v), true
 }
 
 func (f *entry) plainReason() layers.Reason {
@@ -141,13 +151,13 @@ func (f *entry) plainReason() layers.Reason {
 }
 
 // classify calls the callout and contains its panic.
-func (r *Registration) classify(e *Engine, in *layers.Indication) (v layers.Verdict, panicked bool) {
+func (r *Registration) classify(in *layers.Indication) (v layers.Verdict, panicked bool) {
 	panicked = true
 	defer func() {
 		if panicked {
 			// A panic, or runtime.Goexit, which cannot be stopped but must not keep Unregister waiting.
 			if p := recover(); p != nil {
-				e.panicked(r, in.Layer, "Classify", p)
+				r.engine.panicked(r, in.Layer, "Classify", p)
 			}
 			v = layers.Verdict{}
 		}
@@ -159,10 +169,10 @@ func (r *Registration) classify(e *Engine, in *layers.Indication) (v layers.Verd
 }
 
 // accept turns a callout's answer into what the filter says.
-func (f *entry) accept(e *Engine, in *layers.Indication, r *Registration, v layers.Verdict) answer {
+func (f *entry) accept(in *layers.Indication, r *Registration, v layers.Verdict) answer {
 	a := answer{v, layers.ReasonCallout, true}
 	if v.Action > layers.Block {
-		e.impossible(r, in, v)
+		r.sayImpossible(in, v)
 		return f.outcome(layers.ReasonCalloutError)
 	}
 	if f.action == ActionCalloutInspection {
@@ -175,7 +185,7 @@ func (f *entry) accept(e *Engine, in *layers.Indication, r *Registration, v laye
 			return answer{reason: layers.ReasonCallout, asked: true}
 		}
 		// The platform coerces it; the right stays as the callout left it.
-		e.impossible(r, in, v)
+		r.sayImpossible(in, v)
 		a.Action, a.reason = layers.Block, layers.ReasonCalloutError
 	}
 	a.Hard = a.Hard || f.hard
@@ -183,10 +193,10 @@ func (f *entry) accept(e *Engine, in *layers.Indication, r *Registration, v laye
 	return a
 }
 
-// impossible counts an answer that is none and reports the first one.
-func (e *Engine) impossible(r *Registration, in *layers.Indication, v layers.Verdict) {
+// sayImpossible counts an answer that is none and reports the first one.
+func (r *Registration) sayImpossible(in *layers.Indication, v layers.Verdict) {
 	if r.impossible.Add(1) == 1 {
-		e.report(Fault{Time: e.now(), Kind: FaultAnswer, Callout: r.id, Name: r.name, Layer: in.Layer, Method: "Classify", Answer: v,
+		r.engine.report(Fault{Time: r.engine.now(), Kind: FaultAnswer, Callout: r.id, Name: r.name, Layer: in.Layer, Method: "Classify", Answer: v,
 			NumPanics: r.panics.Load()})
 	}
 }

@@ -11,6 +11,7 @@ import (
 // config is everything that was configured. It is changed under Engine.writer only.
 type config struct {
 	filters    map[layers.FilterID]*object
+	byLayer    map[layers.ID]map[layers.FilterID]*object
 	filterKeys map[Key]layers.FilterID
 	lastFilter layers.FilterID
 
@@ -37,6 +38,7 @@ type object struct {
 
 func (c *config) init() {
 	c.filters = make(map[layers.FilterID]*object)
+	c.byLayer = make(map[layers.ID]map[layers.FilterID]*object)
 	c.filterKeys = make(map[Key]layers.FilterID)
 	c.sublayers = map[layers.SublayerID]*Sublayer{
 		SublayerUniversal:  {Key: "universal", Name: "universal", Weight: WeightUniversal},
@@ -62,9 +64,13 @@ func tieRank(a Action) int {
 // compare is the order of evaluation within a sublayer: negative when o comes first. It looks at ids last of all, so that the
 // order does not depend on which filter was added first.
 func (o *object) compare(p *object) int {
+	if c := cmp.Or(cmp.Compare(p.weight, o.weight), cmp.Compare(tieRank(o.Action), tieRank(p.Action))); c != 0 {
+		return c
+	}
+	if c := cmp.Or(cmp.Compare(o.orderKey(), p.orderKey()), cmp.Compare(o.Name, p.Name)); c != 0 {
+		return c
+	}
 	return cmp.Or(
-		cmp.Compare(p.weight, o.weight), cmp.Compare(tieRank(o.Action), tieRank(p.Action)),
-		cmp.Compare(o.orderKey(), p.orderKey()), cmp.Compare(o.Name, p.Name),
 		cmp.Compare(o.Action, p.Action), cmp.Compare(o.Callout, p.Callout),
 		slices.CompareFunc(o.sortedConditions(), p.sortedConditions(), Condition.compare),
 		compareBool(o.Hard, p.Hard), compareBool(o.Silent, p.Silent),
@@ -129,6 +135,7 @@ type table struct {
 	callouts     bool // there are callout filters
 	defaultBlock bool
 	addrs        []layers.Field // the address fields that conditions test
+	index        *index         // nil: the filters are tried one after the other
 }
 
 // entry is one filter as the data path sees it.
@@ -148,13 +155,10 @@ type entry struct {
 // compile builds the table of a layer, nil where there is nothing to evaluate.
 func (c *config) compile(layer layers.ID) *table {
 	bySublayer := make(map[layers.SublayerID][]*object)
-	n := 0
-	for _, o := range c.filters {
-		if o.Layer == layer {
-			bySublayer[o.Sublayer] = append(bySublayer[o.Sublayer], o)
-			n++
-		}
+	for _, o := range c.byLayer[layer] {
+		bySublayer[o.Sublayer] = append(bySublayer[o.Sublayer], o)
 	}
+	n := len(c.byLayer[layer])
 	// The default is for what passes: a discard layer has nothing to decide unless a filter says so.
 	t := &table{defaultBlock: c.defaultBlock[layer.Kind()] && !layer.IsDiscard()}
 	if n == 0 && !t.defaultBlock {
@@ -178,6 +182,7 @@ func (c *config) compile(layer layers.ID) *table {
 		}
 	}
 	t.addrs = addressFields(t.filters)
+	t.index = newIndex(t.filters)
 	return t
 }
 

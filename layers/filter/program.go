@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"math/bits"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/wfpstack/wfpstack/layers"
@@ -38,17 +39,21 @@ var maxU128 = u128{^uint64(0), ^uint64(0)}
 type opcode uint8
 
 const (
-	opNever   opcode = iota
-	opEmpty          // the field is unknown
-	opNumber         // lo ≤ field ≤ hi
-	opNotNum         // field ≠ lo
-	opAllSet         // field & lo == lo
-	opAnySet         // field & lo != 0
-	opNoneSet        // field & lo == 0
-	opAddr           // lo ≤ address ≤ hi
-	opNotAddr        // address outside lo … hi
-	opText           // any string match, see cond.match
-	opNames          // any string match on the peer names
+	opNever     opcode = iota
+	opEmpty            // the field is unknown
+	opNumber           // lo ≤ field ≤ hi
+	opNotNum           // field ≠ lo
+	opAllSet           // field & lo == lo
+	opAnySet           // field & lo != 0
+	opNoneSet          // field & lo == 0
+	opAddr             // lo ≤ address ≤ hi
+	opNotAddr          // address outside lo … hi
+	opText             // any string match, see cond.match
+	opNames            // any string match on the peer names
+	opNumberSet        // the field is in the set
+	opAddrSet
+	opTextSet
+	opNameSet // one of the peer names is
 )
 
 // cond is one compiled condition. Conditions on one field follow one another; next is where the next field's begin.
@@ -62,6 +67,7 @@ type cond struct {
 	hi    u128
 	text  string // MatchDomain: without leading and trailing dot
 	below bool   // MatchDomain: names below it too
+	set   *valueSet
 }
 
 // frame is what is prepared once per classification: the addresses as numbers.
@@ -132,6 +138,19 @@ func (c *cond) eval(fr *frame) bool {
 		return fr.v.Num(c.field)&c.lo.lo != 0
 	case opNoneSet:
 		return fr.v.Num(c.field)&c.lo.lo == 0
+	case opNumberSet:
+		return c.set.hasNumber(u128{lo: fr.v.Num(c.field)})
+	case opAddrSet:
+		return c.set.hasNumber(fr.addrs[c.field-firstAddr])
+	case opTextSet:
+		return c.set.hasText(fr.v.Text(c.field))
+	case opNameSet:
+		for _, name := range fr.v.PeerNames() {
+			if c.set.hasText(name) {
+				return true
+			}
+		}
+		return false
 	default: // opNever; opEmpty on a field that is known
 		return false
 	}
@@ -174,6 +193,9 @@ func matchDomain(name, domain string, below bool) bool {
 	return rest == 0 || below && name[rest-1] == '.'
 }
 
+// trimDomain takes the dots off the ends of a domain name.
+func trimDomain(name string) string { return strings.TrimSuffix(strings.TrimPrefix(name, "."), ".") }
+
 // equalFold compares ASCII letters without case and everything else exactly. Domain names on the wire are ASCII; Unicode folding
 // would make the Kelvin sign a k.
 func equalFold(a, b string) bool {
@@ -198,17 +220,33 @@ func lower(b byte) byte {
 // compileConditions turns checked conditions into a program.
 func compileConditions(conditions []Condition) []cond {
 	var out []cond
-	for _, group := range groupConditions(conditions) {
+	groups := groupConditions(conditions)
+	slices.SortStableFunc(groups, func(a, b []Condition) int { return testRank(a[0].Field) - testRank(b[0].Field) })
+	for _, group := range groups {
 		start := len(out)
-		for _, c := range group {
-			out = append(out, c.compile())
-		}
+		out = appendGroup(out, group)
 		for i := start; i < len(out); i++ {
 			out[i].next = int32(len(out))
 		}
 		out[len(out)-1].last = true
 	}
 	return out
+}
+
+// testRank orders the fields of a filter so that the cheap tests that often fail come first.
+func testRank(f layers.Field) int {
+	switch f.Kind() {
+	case layers.KindUint16, layers.KindUint64: // ports, interfaces
+		return 0
+	case layers.KindAddr:
+		return 1
+	case layers.KindUint32: // flags, direction
+		return 2
+	case layers.KindUint8: // the protocol
+		return 3
+	default:
+		return 4
+	}
 }
 
 // compile turns one checked condition into its instruction.
@@ -230,7 +268,7 @@ func (c Condition) compile() cond {
 		}
 		if c.Match == MatchDomain {
 			out.below = strings.HasPrefix(out.text, ".")
-			out.text = strings.TrimSuffix(strings.TrimPrefix(out.text, "."), ".")
+			out.text = trimDomain(out.text)
 		}
 	}
 	return out

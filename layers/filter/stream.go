@@ -18,8 +18,7 @@ type StreamFilter struct {
 	Callout     layers.CalloutID
 	CalloutName string
 
-	engine *Engine
-	entry  *entry
+	entry *entry
 }
 
 // StreamFilters appends the filters that match, in order of evaluation, to buf. Conditions on a flow do not change, so the list
@@ -33,13 +32,15 @@ func (e *Engine) StreamFilters(in *layers.Indication, buf []StreamFilter) []Stre
 	}
 	var fr frame
 	fr.load(&in.Values, t.addrs)
-	for i := range t.filters {
+	var room [inlineLists][]int32
+	cur := t.cursor(&in.Values, room[:0])
+	for i := cur.next(0); i < len(t.filters); i = cur.next(i + 1) {
 		f := &t.filters[i]
 		if !fr.holds(f.program) {
 			continue
 		}
 		s := StreamFilter{Filter: f.object.id, Name: f.object.Name, Sublayer: f.sublayer, SublayerName: f.sublayerName,
-			Action: f.action, CalloutName: f.calloutName, engine: e, entry: f}
+			Action: f.action, CalloutName: f.calloutName, entry: f}
 		if f.callout != nil {
 			s.Callout = f.callout.id
 		}
@@ -58,7 +59,7 @@ func (s *StreamFilter) Classify(in *layers.Indication) layers.Verdict {
 
 // ClassifyReason is Classify with the reason of the verdict, for the decision that is recorded.
 func (s *StreamFilter) ClassifyReason(in *layers.Indication) (layers.Verdict, layers.Reason) {
-	a, ok := s.entry.ask(s.engine, in, true)
+	a, ok := s.entry.ask(in, true)
 	if !ok {
 		return layers.Verdict{}, layers.ReasonNone
 	}

@@ -55,7 +55,7 @@ func (tx *Tx) commit() {
 		tx.e.publish(layer)
 	}
 	for _, n := range tx.deleted {
-		n.watcher.filterDeleted(tx.e, n.object)
+		n.watcher.filterDeleted(n.object)
 	}
 }
 
@@ -65,7 +65,7 @@ func (tx *Tx) abort() {
 		tx.undo[i]()
 	}
 	for _, n := range tx.added {
-		n.watcher.filterDeleted(tx.e, n.object)
+		n.watcher.filterDeleted(n.object)
 	}
 }
 
@@ -96,7 +96,7 @@ func (tx *Tx) AddFilter(f Filter) (layers.FilterID, error) {
 		o.Key, o.generated = c.freeFilterKey(o.id), true
 	}
 	if watcher := c.callouts[f.Callout]; f.Action.IsCallout() && watcher != nil {
-		if err := watcher.filterAdded(tx.e, o); err != nil {
+		if err := watcher.filterAdded(o); err != nil {
 			return 0, filterError(f, broken(fmt.Errorf("%w: %w", ErrCalloutNotification, err), "callout %s", watcher.name))
 		}
 		tx.added = append(tx.added, notice{watcher, o})
@@ -111,11 +111,16 @@ func (tx *Tx) AddFilter(f Filter) (layers.FilterID, error) {
 
 func (c *config) put(o *object) {
 	c.filters[o.id] = o
+	if c.byLayer[o.Layer] == nil {
+		c.byLayer[o.Layer] = make(map[layers.FilterID]*object)
+	}
+	c.byLayer[o.Layer][o.id] = o
 	c.filterKeys[o.Key] = o.id
 }
 
 func (c *config) remove(o *object) {
 	delete(c.filters, o.id)
+	delete(c.byLayer[o.Layer], o.id)
 	delete(c.filterKeys, o.Key)
 }
 
