@@ -625,3 +625,23 @@ func checkEcho(t *testing.T, d tun.Device) {
 		t.Errorf("read %q", b[28:])
 	}
 }
+
+func TestPortablePathCountsOverflow(t *testing.T) {
+	d := configured(t, tun.Options{Name: "wfpt", NoOffload: true})
+	conn := rawSender(t)
+	waitFor(t, "overflow", func() bool {
+		for range 200 {
+			if err := unix.Send(conn, make([]byte, 100), 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return d.Stats().ReadDrops[tun.DropOverflow] > 0
+	})
+	s := d.Stats()
+	if s.Waiting != s.Limit {
+		t.Errorf("dropped with %d of %d waiting", s.Waiting, s.Limit)
+	}
+	if n := readAll(t, d.Queues()[0], batch(16)); n < s.Limit {
+		t.Errorf("read %d packets, want at least the %d that waited", n, s.Limit)
+	}
+}

@@ -181,20 +181,24 @@ func parseLink(m *syscall.NetlinkMessage) (s linkState, ok bool) {
 	if len(m.Data) < unix.SizeofIfInfomsg || m.Data[0] != unix.AF_UNSPEC {
 		return s, false
 	}
-	attrs, err := syscall.ParseNetlinkRouteAttr(m)
-	if err != nil {
-		return s, false
-	}
 	s.index = int32(binary.NativeEndian.Uint32(m.Data[4:]))
 	s.up = binary.NativeEndian.Uint32(m.Data[8:])&unix.IFF_UP != 0
 	s.deleted = m.Header.Type == unix.RTM_DELLINK
-	for _, a := range attrs {
-		switch {
-		case a.Attr.Type == unix.IFLA_IFNAME:
-			s.name = unix.ByteSliceToString(a.Value)
-		case a.Attr.Type == unix.IFLA_MTU && len(a.Value) >= 4:
-			s.mtu = int(binary.NativeEndian.Uint32(a.Value))
+	// The standard library's attribute parser panics on a last attribute whose padding is cut off.
+	for b := m.Data[unix.SizeofIfInfomsg:]; len(b) >= unix.SizeofRtAttr; {
+		length := int(binary.NativeEndian.Uint16(b))
+		if length < unix.SizeofRtAttr || length > len(b) {
+			return s, false
 		}
+		switch value := b[unix.SizeofRtAttr:length]; binary.NativeEndian.Uint16(b[2:]) {
+		case unix.IFLA_IFNAME:
+			s.name = unix.ByteSliceToString(value)
+		case unix.IFLA_MTU:
+			if len(value) >= 4 {
+				s.mtu = int(binary.NativeEndian.Uint32(value))
+			}
+		}
+		b = b[min((length+3)&^3, len(b)):]
 	}
 	return s, true
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io/fs"
 	"net/netip"
+	"os"
 	"runtime"
 	"strings"
 	"syscall"
@@ -218,5 +219,54 @@ func TestConfigureErrors(t *testing.T) {
 				t.Errorf("error %q does not say %q", err, row.text)
 			}
 		})
+	}
+}
+
+// openFiles returns how many descriptors this process has.
+func openFiles(t *testing.T) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries)
+}
+
+func TestNoDescriptorIsLeft(t *testing.T) {
+	inNamespace(t)
+	ip(t, "link", "add", "other", "type", "veth")
+	held := open(t, tun.Options{Name: "held"})
+	round := func() {
+		for _, o := range []tun.Options{{Name: "wfpt"}, {Name: "wfpt", Queues: 3}, {Name: "wfpt", NoOffload: true}} {
+			open(t, o).Close()
+		}
+		for _, name := range []string{held.Name(), "other", "a/b"} {
+			for _, plain := range []bool{false, true} {
+				if _, err := tun.Open(tun.Options{Name: name, NoOffload: plain}); err == nil {
+					t.Fatalf("Open(%s) succeeded", name)
+				}
+			}
+		}
+		h, err := tun.OpenForHandover(tun.Options{Name: "wfpt", Queues: 2})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := tun.AdoptFiles("", 0, h.Files())
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Close()
+		h.Close()
+	}
+	round() // what the runtime opens once
+	before := openFiles(t)
+	for range 5 {
+		round()
+	}
+	if after := openFiles(t); after != before {
+		t.Errorf("%d descriptors, %d before", after, before)
+	}
+	if exists("wfpt") {
+		t.Error("the interface is left")
 	}
 }

@@ -19,9 +19,12 @@ type Ring struct {
 	// slots holds the packets; its length is the limit and never changes.
 	// +checklocks:mu
 	slots []ringSlot
-	// head is the oldest packet, n how many there are.
+	// head is the place of the oldest packet.
 	// +checklocks:mu
-	head, n int
+	head int
+	// n is how many packets there are.
+	// +checklocks:mu
+	n int
 	// err is what reads and pushes answer from now on.
 	// +checklocks:mu
 	err error
