@@ -39,59 +39,67 @@ func TestNoAllocations(t *testing.T) {
 	if need.Race {
 		t.Skip("the race detector allocates")
 	}
-	t.Run("kernel", func(t *testing.T) {
-		d := configured(t, tun.Options{Name: "wfpt"})
-		conn := rawSender(t)
-		q := d.Queues()[0]
-		in := batch(8)
-		out := []tun.Packet{
-			{Bufs: [][]byte{udpPacket(netip.MustParseAddrPort("10.9.0.2:1"), netip.MustParseAddrPort("10.9.0.1:9"), make([]byte, 1000))}},
-			{Bufs: in[0].Bufs[:1]}, // too short to be written
+	for _, path := range paths {
+		t.Run(path.name, func(t *testing.T) { kernelAllocations(t, path.opts) })
+	}
+	for _, tso := range []bool{false, true} {
+		t.Run(map[bool]string{false: "memory", true: "memory with TSO"}[tso], func(t *testing.T) { memoryAllocations(t, tso) })
+	}
+}
+
+// kernelAllocations checks a device of the kernel.
+func kernelAllocations(t *testing.T, o tun.Options) {
+	d := configured(t, o)
+	conn := rawSender(t)
+	q := d.Queues()[0]
+	in := batch(8)
+	out := []tun.Packet{
+		{Bufs: [][]byte{udpPacket(netip.MustParseAddrPort("10.9.0.2:1"), netip.MustParseAddrPort("10.9.0.1:9"), make([]byte, 1000))}},
+		{Bufs: in[0].Bufs[:1]}, // too short to be written
+	}
+	out[1].Bufs = [][]byte{make([]byte, 3)}
+	read := 0
+	allocs := testing.AllocsPerRun(500, func() {
+		if n, err := q.Write(out); n != 1 || err != tun.ErrShort {
+			t.Fatalf("Write: %d, %v", n, err)
 		}
-		out[1].Bufs = [][]byte{make([]byte, 3)}
-		read := 0
-		allocs := testing.AllocsPerRun(500, func() {
-			if n, err := q.Write(out); n != 1 || err != tun.ErrShort {
-				t.Fatalf("Write: %d, %v", n, err)
-			}
-			if err := unix.Send(conn, out[0].Bufs[0], 0); err != nil {
-				t.Fatal(err)
-			}
-			if n, err := q.Read(in); n < 1 || err != nil {
-				t.Fatalf("Read: %d, %v", n, err)
-			}
-			read += readAll(t, q, in)
-		})
-		if allocs != 0 {
-			t.Errorf("%v allocations per round, want 0", allocs)
+		if err := unix.Send(conn, out[0].Bufs[0], 0); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := q.Read(in); n < 1 || err != nil {
+			t.Fatalf("Read: %d, %v", n, err)
+		}
+		read += readAll(t, q, in)
+	})
+	if allocs != 0 {
+		t.Errorf("%v allocations per round, want 0", allocs)
+	}
+}
+
+// memoryAllocations checks the device in memory.
+func memoryAllocations(t *testing.T, tso bool) {
+	a, b := tuntest.Pair(tuntest.Options{TSO: tso})
+	defer a.Close()
+	defer b.Close()
+	b.FD()
+	big := make([]byte, 60000)
+	p := tun.Packet{Bufs: [][]byte{big[:100], big[100:]}}
+	if tso {
+		p.Offload = tun.Offload{GSO: tun.GSOTCPv4, NeedsCsum: true, CsumStart: 20, CsumOffset: 16, GSOSize: 1448, HdrLen: 40}
+	}
+	out := []tun.Packet{p, {Bufs: [][]byte{big[:500]}}}
+	in := batch(4)
+	allocs := testing.AllocsPerRun(2000, func() {
+		if n, err := a.Write(out); n != 2 || err != nil {
+			t.Fatalf("Write: %d, %v", n, err)
+		}
+		if n, err := b.Read(in); n != 2 || err != nil {
+			t.Fatalf("Read: %d, %v", n, err)
 		}
 	})
-	for _, tso := range []bool{false, true} {
-		t.Run(map[bool]string{false: "memory", true: "memory with TSO"}[tso], func(t *testing.T) {
-			a, b := tuntest.Pair(tuntest.Options{TSO: tso})
-			defer a.Close()
-			defer b.Close()
-			b.FD()
-			big := make([]byte, 60000)
-			p := tun.Packet{Bufs: [][]byte{big[:100], big[100:]}}
-			if tso {
-				p.Offload = tun.Offload{GSO: tun.GSOTCPv4, NeedsCsum: true, CsumStart: 20, CsumOffset: 16, GSOSize: 1448, HdrLen: 40}
-			}
-			out := []tun.Packet{p, {Bufs: [][]byte{big[:500]}}}
-			in := batch(4)
-			allocs := testing.AllocsPerRun(2000, func() {
-				if n, err := a.Write(out); n != 2 || err != nil {
-					t.Fatalf("Write: %d, %v", n, err)
-				}
-				if n, err := b.Read(in); n != 2 || err != nil {
-					t.Fatalf("Read: %d, %v", n, err)
-				}
-			})
-			// A collection may empty the pools in between: that is a fraction, which AllocsPerRun rounds away.
-			if allocs != 0 {
-				t.Errorf("%v allocations per round, want 0", allocs)
-			}
-		})
+	// A collection may empty the pools in between: that is a fraction, which AllocsPerRun rounds away.
+	if allocs != 0 {
+		t.Errorf("%v allocations per round, want 0", allocs)
 	}
 }
 

@@ -13,27 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Config says how an interface is to be set up. The zero value changes nothing.
-type Config struct {
-	// MTU is set unless 0.
-	//
-	// Units: bytes.
-	MTU int
-	// TxQueueLen is set unless 0.
-	//
-	// Units: packets.
-	TxQueueLen int
-	// Addresses are added to the interface, with their prefixes as routes to it. IPv6 addresses are usable at once:
-	// nobody else is on this link, so duplicate address detection is left out.
-	Addresses []netip.Prefix
-	// Routes are sent into the interface.
-	Routes []netip.Prefix
-	// Default adds the default route of each family that has an address here.
-	Default bool
-	// Up sets the interface up, which routes need.
-	Up bool
-}
-
 // Configure sets up the interface called name in the calling thread's network namespace. What is already so stays so:
 // it may be called again, and for a device that was taken over.
 //

@@ -22,25 +22,6 @@ type kernelDevice struct {
 	closing sync.Once
 }
 
-// AdoptOptions describe a device whose descriptors another process opened.
-type AdoptOptions struct {
-	// Name is the interface name; empty: ask the device.
-	Name string
-	// MTU is the interface's MTU. With a Monitor, or 0, it is asked for.
-	//
-	// Units: bytes.
-	MTU int
-	// Queues are the device's descriptors, one per queue, as in [Handover].
-	//
-	// Ownership: takes.
-	Queues []*os.File
-	// Monitor is a NETLINK_ROUTE socket bound to RTMGRP_LINK, made in the device's network namespace. Without it the MTU
-	// is the one given, and of the events only EventGone comes, when a read or write meets the deletion.
-	//
-	// Ownership: takes.
-	Monitor *os.File
-}
-
 // Adopt makes a device of descriptors that were opened elsewhere, typically in a network namespace that this process may
 // not enter. It needs no right but the descriptors. It sets header length and offloads itself.
 //

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
-	"os"
 
 	"github.com/songgao/water"
 )
@@ -50,29 +48,11 @@ func systemError(err error) error {
 	return fmt.Errorf("%w: %w", ErrIO, err)
 }
 
-// AdoptOptions describe a device whose descriptors another process opened. See the Linux version.
-type AdoptOptions struct {
-	Name    string
-	MTU     int
-	Queues  []*os.File
-	Monitor *os.File
-}
-
 // Adopt is for Linux.
 //
 // Errors: ErrUnsupported.
 func Adopt(o AdoptOptions) (Device, error) {
 	return nil, &OpError{Op: "adopt", Device: o.Name, Err: ErrUnsupported}
-}
-
-// Config says how an interface is to be set up. See the Linux version.
-type Config struct {
-	MTU        int
-	TxQueueLen int
-	Addresses  []netip.Prefix
-	Routes     []netip.Prefix
-	Default    bool
-	Up         bool
 }
 
 // Configure is for Linux.

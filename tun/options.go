@@ -2,6 +2,8 @@ package tun
 
 import (
 	"fmt"
+	"net/netip"
+	"os"
 	"strings"
 )
 
@@ -24,6 +26,46 @@ type Options struct {
 	// TxQueueLen is how many packets wait in the kernel for us; 0 is DefaultTxQueueLen, below 0 leaves it as it is. Where
 	// the right to set it is missing it stays as it is.
 	TxQueueLen int
+}
+
+// AdoptOptions describe a device whose descriptors another process opened.
+type AdoptOptions struct {
+	// Name is the interface name; empty: ask the device.
+	Name string
+	// MTU is the interface's MTU. With a Monitor, or 0, it is asked for.
+	//
+	// Units: bytes.
+	MTU int
+	// Queues are the device's descriptors, one per queue, as a Handover has them.
+	//
+	// Ownership: takes.
+	Queues []*os.File
+	// Monitor is a NETLINK_ROUTE socket bound to RTMGRP_LINK, made in the device's network namespace. Without it the MTU
+	// is the one given, and of the events only EventGone comes, when a read or write meets the deletion.
+	//
+	// Ownership: takes.
+	Monitor *os.File
+}
+
+// Config says how an interface is to be set up. The zero value changes nothing.
+type Config struct {
+	// MTU is set unless 0.
+	//
+	// Units: bytes.
+	MTU int
+	// TxQueueLen is set unless 0.
+	//
+	// Units: packets.
+	TxQueueLen int
+	// Addresses are added to the interface, with their prefixes as routes to it. IPv6 addresses are usable at once:
+	// nobody else is on this link, so duplicate address detection is left out.
+	Addresses []netip.Prefix
+	// Routes are sent into the interface.
+	Routes []netip.Prefix
+	// Default adds the default route of each family that has an address here.
+	Default bool
+	// Up sets the interface up, which routes need.
+	Up bool
 }
 
 // DefaultTxQueueLen is the queue length of the interfaces we make. The kernel's 500 overflow when a burst of small
