@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"os"
@@ -12,6 +13,16 @@ func act(what string, args []string) int {
 	switch what {
 	case "send":
 		err = actSend(args[0], args[1])
+	case "cli":
+		return actCLI(args)
+	case "shell":
+		err = actShell(args)
+	case "count":
+		err = actCount()
+	case "attack":
+		err = actAttack(args)
+	case "nested":
+		report("nested ", nestedAttempts())
 	default:
 		err = fmt.Errorf("unknown act %q", what)
 	}
@@ -32,3 +43,6 @@ func actSend(to, text string) error {
 	_, err = c.Write([]byte(text))
 	return err
 }
+
+// testContext is for programs that have no test.
+func testContext() context.Context { return context.Background() }

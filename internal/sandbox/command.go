@@ -79,17 +79,11 @@ func forkCommand(s *spec) (int, *failure) {
 	if err != nil {
 		return 0, failed(kindOf(err), op, err)
 	}
-	// The fork gives the child this thread's signal mask. While it is open, for microseconds, a signal to init may be
-	// taken by this thread; the default action of PID 1 is to ignore it. Before the fork the parent then finds that we
-	// have not seen it and has it forwarded; behind it the command has its own.
-	defaultAction(initSignals)
+	// The fork gives the child this thread's signal mask, which nobody else uses.
 	if _, err := threadMask(s.Mask); err != nil {
 		return 0, failed(failSetup, op, err)
 	}
 	pid, err := forkExec(path, s)
-	if _, maskErr := threadMask(initSignals); maskErr != nil && err == nil {
-		err = maskErr
-	}
 	if err != nil {
 		return 0, failed(execKind(path, err), op, err)
 	}

@@ -30,9 +30,9 @@
 // The file system is the caller's own, apart from what is masked ([Config.HidePaths], [Config.HideSockets], the host's
 // resolver): this is a wall around the network, not around files.
 //
-// Signals: the command shares the process group of its caller, so the terminal reaches both. init keeps all signals
-// blocked and reads them from a signalfd: the kernel marks every member of a group before it returns, so init knows
-// whether the signal that it is asked to forward has reached the command already.
+// Signals: the command shares the process group of its caller, so the terminal reaches both. A witness, a process of
+// the group that blocks all signals and counts them, tells init whether a signal that it is asked to forward has reached
+// the command already.
 //
 // Lock order: Sandbox.mu is a leaf.
 package sandbox

@@ -12,24 +12,45 @@ import (
 )
 
 // seenFor is how long a signal that reached the group answers for a request to forward it. The request follows within
-// a scheduling delay; a signal for which none came must not swallow a later one.
-const seenFor = 10 * time.Second
+// a scheduling delay; a signal for which none came (two that our parent took for one) must not swallow a later one.
+const seenFor = 5 * time.Second
 
-// drainSignals takes what is pending out of the signalfd and remembers it.
+// maxSeen bounds how many times a signal may have reached the group and wait for the request to forward it; more than
+// that at once is no terminal.
+const maxSeen = 64
+
+// sightings are the times at which one signal reached the group.
+type sightings struct{ at []time.Time }
+
+// add notes one more.
+func (s *sightings) add(now time.Time) {
+	if len(s.at) < maxSeen {
+		s.at = append(s.at, now)
+	}
+}
+
+// take uses one up and reports whether there was one that is not too old.
+func (s *sightings) take(now time.Time) bool {
+	for len(s.at) > 0 {
+		at := s.at[0]
+		s.at = s.at[1:]
+		if now.Sub(at) < seenFor {
+			return true
+		}
+	}
+	s.at = nil
+	return false
+}
+
+// drainSignals asks the witness and remembers what it says.
 func (i *initProcess) drainSignals() {
-	for {
-		info, ok := readSignal(i.signals)
-		if !ok {
-			return
+	now := time.Now()
+	for k, n := range i.witness.ask() {
+		s := syscall.Signal(k + 1)
+		for range n {
+			i.seen[s].add(now)
 		}
-		// A process inside, which has a number here, may signal us as it likes: that says nothing about the group. From
-		// the terminal or from outside the number is 0. Without a process namespace they cannot be told apart.
-		if i.spec.PIDNamespace && info.Pid != 0 && info.Code <= 0 {
-			continue
-		}
-		s := syscall.Signal(info.Signo)
-		i.seen[s] = time.Now()
-		if i.pid == 0 {
+		if n > 0 && i.pid == 0 {
 			i.early |= signalBit(s)
 		}
 	}
@@ -37,16 +58,14 @@ func (i *initProcess) drainSignals() {
 
 // forward signals the command, unless the signal reached the whole group.
 //
-// The kernel walks the group and marks each process before it returns to whoever signalled, and we keep the signals
-// blocked: when our parent, a member, asks for a signal that it got, ours is pending already if there is one.
+// The kernel walks the group and marks each process before it returns to whoever signalled: when our parent, a member,
+// asks for a signal that it got, the witness has its own if there is one.
 func (i *initProcess) forward(s syscall.Signal) {
-	i.drainSignals()
 	if s < 1 || s > 64 {
 		return
 	}
-	at := i.seen[s]
-	i.seen[s] = time.Time{}
-	if !at.IsZero() && time.Since(at) < seenFor {
+	i.drainSignals()
+	if i.seen[s].take(time.Now()) {
 		return
 	}
 	if !i.released {

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -12,8 +11,8 @@ import (
 // initProcess is the first process inside. One goroutine (serve) owns all of it; the others talk to it through wake.
 type initProcess struct {
 	spec *spec
-	// signals is the signalfd.
-	signals int
+	// witness counts the signals that reach the process group.
+	witness *witness
 	// wake is an eventfd that the reaper rings.
 	wake int
 	// ends is what the reaper has to say. The reaper waits when it is full.
@@ -24,8 +23,8 @@ type initProcess struct {
 	pid int
 	// stopped says that the command is stopped.
 	stopped bool
-	// seen is when a signal last reached the whole process group, or PID 1 from outside; zero once that was used up.
-	seen [65]time.Time
+	// seen is when each signal reached the process group, or this process from outside.
+	seen [65]sightings
 	// early are the signals that came before the command ran.
 	early uint64
 	// released says that the parent asked for the command.
@@ -49,9 +48,6 @@ func (i *initProcess) setUp() error {
 		}
 	}
 	var err error
-	if i.signals, err = newSignalFD(initSignals); err != nil {
-		return failed(failSetup, "open the signal descriptor", err)
-	}
 	if i.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		return failed(failSetup, "open the wake-up descriptor", err)
 	}
@@ -118,6 +114,11 @@ func (i *initProcess) finish(n *network, warnings []string) error {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return failed(failSetup, "become untraceable", err)
 	}
+	// Behind that, so that nobody traces the witness either.
+	var err error
+	if i.witness, err = startWitness(i.spec.PIDNamespace); err != nil {
+		return failed(failSetup, "start the signal witness", err)
+	}
 	restricted := <-i.command.ready
 	if restricted.err != nil {
 		return failed(failSetup, "drop the capabilities", restricted.err)
@@ -137,7 +138,6 @@ func (i *initProcess) serve() error {
 	buf := make([]byte, maxMessage)
 	fds := []unix.PollFd{
 		{Fd: controlFD, Events: unix.POLLIN},
-		{Fd: int32(i.signals), Events: unix.POLLIN},
 		{Fd: int32(i.wake), Events: unix.POLLIN},
 	}
 	for {
@@ -147,8 +147,6 @@ func (i *initProcess) serve() error {
 			}
 			return fmt.Errorf("poll: %w", err)
 		}
-		// Signals before requests: what the parent asks to forward may be there already.
-		i.drainSignals()
 		if done, err := i.drainReaped(); done || err != nil {
 			return err
 		}
@@ -198,6 +196,7 @@ func (i *initProcess) release() error {
 		return initSend(opFailed, failed(failSetup, "start the command", ErrReleased))
 	}
 	i.released = true
+	i.drainSignals()
 	pid, f := i.command.start()
 	if f != nil {
 		if err := initSend(opFailed, f); err != nil {
@@ -208,10 +207,10 @@ func (i *initProcess) release() error {
 		i.ring()
 		return nil
 	}
-	i.pid = pid
-	// What reached the group before there was a command is still to reach it. The two overlap for what arrived while it
-	// was started: a pending signal is pending once.
+	// What reached the group before there was a command is still to reach it. What came while it was started has perhaps:
+	// it cannot have caught that yet, and a signal that is pending twice is pending once.
 	i.drainSignals()
+	i.pid = pid
 	for s := syscall.Signal(1); s <= 64; s++ {
 		if i.early&signalBit(s) != 0 {
 			_ = unix.Kill(pid, s)
@@ -233,7 +232,7 @@ func (i *initProcess) ring() {
 func (i *initProcess) reap() {
 	for {
 		var ws unix.WaitStatus
-		pid, err := unix.Wait4(-1, &ws, unix.WUNTRACED|unix.WCONTINUED|unix.WALL, nil)
+		pid, err := unix.Wait4(-1, &ws, unix.WUNTRACED|unix.WCONTINUED, nil)
 		switch {
 		case err == unix.EINTR:
 			continue

@@ -101,7 +101,7 @@ func start(ctx context.Context, cfg Config, pidNamespace bool) (*Sandbox, error)
 		done:        make(chan struct{}),
 	}
 	if err := s.adopt(ctx); err != nil {
-		_ = c.peer.f.Close()
+		c.end()
 		c.reap()
 		return nil, err
 	}
@@ -269,8 +269,7 @@ func (s *Sandbox) Close() error {
 	s.closed = true
 	s.mu.Unlock()
 	if first {
-		// init ends when it loses us, and with it all the others.
-		_ = s.child.peer.f.Close()
+		s.child.end()
 	}
 	<-s.done
 	if !first {
@@ -360,15 +359,4 @@ func (s *Sandbox) passContinue() {
 			return
 		}
 	}
-}
-
-// reap waits for init, which has lost its parent's ear or has ended.
-func (c *child) reap() {
-	for {
-		var ws unix.WaitStatus
-		if _, err := unix.Wait4(c.pid, &ws, 0, nil); err != unix.EINTR {
-			break
-		}
-	}
-	close(c.release)
 }

@@ -1,16 +1,16 @@
 package sandbox
 
 import (
+	"os"
 	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// initSignals are blocked in init from its first instruction and read from a signalfd: all that a terminal or a kill to
-// the group can send. Left out are what cannot be blocked, what a fault raises, what the Go runtime needs for itself
-// (URG, PROF) or unblocks by itself (CHLD), and the two that the C library keeps (32, 33).
-var initSignals = func() uint64 {
+// groupSignals are all that a terminal or a kill to the group can send and a program can catch, but for what the Go
+// runtime uses itself (URG, PROF), what children cause (CHLD) and the two that the C library keeps (32, 33).
+var groupSignals = func() uint64 {
 	set := ^uint64(0)
 	for _, s := range []syscall.Signal{
 		unix.SIGKILL, unix.SIGSTOP, unix.SIGSEGV, unix.SIGBUS, unix.SIGFPE, unix.SIGILL, unix.SIGTRAP, unix.SIGSYS,
@@ -60,37 +60,13 @@ func newSignalFD(mask uint64) (int, error) {
 	return int(fd), nil
 }
 
-// readSignal takes one pending signal out of the descriptor; ok is false when there is none.
-func readSignal(fd int) (info unix.SignalfdSiginfo, ok bool) {
-	buf := (*[unsafe.Sizeof(info)]byte)(unsafe.Pointer(&info))[:]
-	for {
-		n, err := unix.Read(fd, buf)
-		if err == unix.EINTR {
-			continue
-		}
-		return info, err == nil && n == len(buf)
-	}
-}
-
-// kernelSigaction is the kernel's struct sigaction where it has four words in this order (all architectures of Go on
-// Linux but mips). The zero value is SIG_DFL without flags.
-type kernelSigaction struct {
-	handler  uintptr
-	flags    uintptr
-	restorer uintptr
-	mask     uint64
-}
-
-// defaultAction makes the signals of set take their default action again, behind the Go runtime's back.
-//
-// It is for a moment in which a thread of init lets them through (see forkCommand): the runtime's handler would end
-// the program, the default action of PID 1 is to ignore them.
-func defaultAction(set uint64) {
-	var dfl kernelSigaction
+// groupSignalList returns the groupSignals as a list.
+func groupSignalList() []os.Signal {
+	var list []os.Signal
 	for s := syscall.Signal(1); s <= 64; s++ {
-		if set&signalBit(s) != 0 {
-			// It cannot fail for a signal that can be caught.
-			_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(s), uintptr(unsafe.Pointer(&dfl)), 0, 8, 0, 0)
+		if groupSignals&signalBit(s) != 0 {
+			list = append(list, s)
 		}
 	}
+	return list
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/wfpstack/wfpstack/internal/machine"
@@ -27,6 +28,14 @@ type child struct {
 	peer peer
 	// release lets the thread go that init's life depends on.
 	release chan struct{}
+	// pidNamespace says that all others end with init.
+	pidNamespace bool
+
+	mu sync.Mutex
+	// reaped says that pid may be somebody else's by now.
+	//
+	// +checklocks:mu
+	reaped bool
 }
 
 // spawn starts init in its namespaces.
@@ -36,7 +45,7 @@ func spawn(cfg *Config, pidNamespace bool) (*child, error) {
 		return nil, err
 	}
 	defer theirs.Close()
-	c := &child{peer: ours, release: make(chan struct{})}
+	c := &child{peer: ours, release: make(chan struct{}), pidNamespace: pidNamespace}
 	type result struct {
 		pid int
 		err error
@@ -60,6 +69,36 @@ func spawn(cfg *Config, pidNamespace bool) (*child, error) {
 	}
 	c.pid = r.pid
 	return c, nil
+}
+
+// end closes our end, on which init ends everybody. It does not rely on that where the kernel does it for us: init may
+// be stopped, or wait for a file system.
+func (c *child) end() {
+	_ = c.peer.f.Close()
+	if !c.pidNamespace {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.reaped {
+		_ = unix.Kill(c.pid, unix.SIGKILL)
+	}
+}
+
+// reap waits for init to end.
+func (c *child) reap() {
+	// Left unreaped first: its number is ours until the lock is held.
+	for unix.Waitid(unix.P_PID, c.pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for {
+		if _, err := unix.Wait4(c.pid, nil, 0, nil); err != unix.EINTR {
+			break
+		}
+	}
+	c.reaped = true
+	close(c.release)
 }
 
 // clone starts init from the calling thread, which is locked.
@@ -89,20 +128,12 @@ func clone(cfg *Config, control *os.File, pidNamespace bool) (pid int, err error
 	defer specFile.Close()
 	files[specFD] = specFile.Fd()
 
-	// init finds them blocked from its first instruction on; this thread only for a moment.
-	if _, err := threadMask(s.Mask | initSignals); err != nil {
-		return 0, err
-	}
-	pid, err = syscall.ForkExec("/proc/self/exe", []string{initName}, &syscall.ProcAttr{
+	return syscall.ForkExec("/proc/self/exe", []string{initName}, &syscall.ProcAttr{
 		Files: files,
 		// Two threads are busy at once. It also spares init the look at the control groups.
 		Env: []string{"GOMAXPROCS=2"},
 		Sys: namespaces(cfg, pidNamespace),
 	})
-	if _, maskErr := threadMask(s.Mask); maskErr != nil && err == nil {
-		err = maskErr
-	}
-	return pid, err
 }
 
 // namespaces returns how the kernel is to make init.
