@@ -1,0 +1,141 @@
+package gateway
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip"
+
+	"github.com/wfpstack/wfpstack/internal/wire"
+)
+
+// The stack's own addresses answer DNS. A look-up is no connection: it is not authorised as one, but decided by its name, in the
+// handler, and recorded there.
+
+// isDNS reports whether a destination is the stack's DNS.
+func (g *Gateway) isDNS(remote netip.AddrPort) bool {
+	return g.opts.DNS != nil && remote.Port() == dnsPort && g.isStackAddr(remote.Addr())
+}
+
+// queryDNS hands a query over UDP to the handler. The answer comes back through the loop's queue.
+func (l *loop) queryDNS(p *packet) {
+	local, remote := p.local, p.remote
+	l.g.opts.DNS.HandleDNS(p.payload(), local, false, func(answer []byte) {
+		l.post(func() { l.answerDNS(local, remote, answer) })
+	})
+}
+
+// answerDNS sends an answer over UDP to the program.
+func (l *loop) answerDNS(local, remote netip.AddrPort, answer []byte) {
+	slot := make([]byte, headroom+len(answer))
+	copy(slot[headroom:], answer)
+	f := &datagramFlow{l: l, who: subject{proto: wire.UDP, local: local, remote: remote}}
+	l.deliverUDP(f, slot, len(answer))
+}
+
+// dnsStream answers queries over one TCP connection, in the order the answers come.
+//
+// Source: RFC 7766, 6.
+type dnsStream struct {
+	f       *tcpFlow
+	in      []byte // bytes of a query that is not complete
+	out     []byte // answers that netstack had no room for
+	waiting int    // queries without an answer
+	ended   bool   // the program sent its last query
+}
+
+// maxDNSQueries bounds the queries of one connection that are under way; maxDNSPending the answers not taken. Units: queries, bytes.
+const (
+	maxDNSQueries = 32
+	maxDNSPending = 128 << 10
+)
+
+func newDNSStream(f *tcpFlow) *dnsStream { return &dnsStream{f: f} }
+
+// dnsWriter collects what the program sent.
+type dnsWriter struct{ s *dnsStream }
+
+// Write implements io.Writer.
+func (w dnsWriter) Write(b []byte) (int, error) {
+	w.s.in = append(w.s.in, b...)
+	return len(b), nil
+}
+
+// pump reads queries and writes answers. It runs on the loop.
+func (s *dnsStream) pump() {
+	f := s.f
+	s.write()
+	for f.state == stateOpen && s.waiting < maxDNSQueries && len(s.out) < maxDNSPending && len(s.in) < 1<<17 {
+		res, err := f.ep.Read(dnsWriter{s}, tcpip.ReadOptions{})
+		f.relay.bytesOut += uint64(res.Count)
+		s.queries()
+		if err == nil && res.Count > 0 {
+			continue
+		}
+		switch err.(type) {
+		case nil, *tcpip.ErrWouldBlock:
+		case *tcpip.ErrClosedForReceive:
+			s.ended = true
+		default:
+			f.reset("program: " + err.String())
+		}
+		break
+	}
+	s.finish()
+}
+
+// queries takes the complete ones.
+func (s *dnsStream) queries() {
+	f := s.f
+	for len(s.in) >= 2 && s.waiting < maxDNSQueries {
+		n := int(binary.BigEndian.Uint16(s.in))
+		if len(s.in) < 2+n {
+			return
+		}
+		msg := append([]byte(nil), s.in[2:2+n]...)
+		s.in = append(s.in[:0], s.in[2+n:]...)
+		s.waiting++
+		f.l.g.opts.DNS.HandleDNS(msg, f.who.local, true, func(answer []byte) {
+			f.l.post(func() { s.answered(answer) })
+		})
+	}
+}
+
+// answered queues one answer.
+func (s *dnsStream) answered(answer []byte) {
+	if s.f.state != stateOpen {
+		return
+	}
+	s.waiting--
+	s.out = binary.BigEndian.AppendUint16(s.out, uint16(len(answer)))
+	s.out = append(s.out, answer...)
+	s.queries()
+	s.pump()
+}
+
+// write gives netstack what it takes.
+func (s *dnsStream) write() {
+	f := s.f
+	for len(s.out) > 0 {
+		scratch := &f.l.g.relay.reader
+		scratch.Reset(s.out)
+		n, err := f.ep.Write(scratch, tcpip.WriteOptions{Atomic: true})
+		s.out = append(s.out[:0], s.out[n:]...)
+		f.relay.bytesIn += uint64(n)
+		if err != nil || n == 0 {
+			return // full: netstack tells when there is room; gone: the read tells
+		}
+	}
+}
+
+// finish ends the connection once all is answered.
+func (s *dnsStream) finish() {
+	if s.ended && s.waiting == 0 && len(s.out) == 0 && s.f.state == stateOpen {
+		s.f.end()
+	}
+}
+
+// sliceOf is the memory that an iovec describes.
+func sliceOf(v unix.Iovec) []byte { return unsafe.Slice(v.Base, v.Len) }

@@ -1,0 +1,416 @@
+package gateway
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// relay is the part of a flow that moves bytes. It holds no buffer while idle: what is read on one side goes to the other in
+// the same step, or stays where it is.
+//
+//	program → host:  peek at netstack's receive queue, writev it to the host socket, consume what the socket took
+//	host → program:  read the host socket straight into netstack's send buffer
+//
+// An end of stream on one side becomes a half-close on the other after the last byte, a reset becomes a reset after the last
+// byte that arrived before it.
+type relay struct {
+	hostReadable bool // the socket may have data: an edge was seen since the last short read
+	hostWritable bool // the socket may take data
+	outEnded     bool // the program's end of stream was passed on
+	inEnded      bool // the host's end of stream was passed on
+	hostReset    bool // the host side was reset; what arrived before it is still to be delivered
+	bulk         bool // the last read from the host filled the scratch
+
+	kept    []byte // read from the host, but netstack had no room
+	written uint32 // bytes given to netstack, modulo 2^32
+	// firstAck and lastAck are what the program acknowledged first and last; hasAck says that they are set.
+	firstAck, lastAck uint32
+	hasAck            bool
+
+	bytesOut, bytesIn uint64
+	detail            string  // why the flow ended, "" for an ordinary end
+	drain             *timer  // until netstack has sent what precedes a reset
+	editor            *editor // moves the bytes where a stream callout looks at them
+	dns               *dnsStream
+}
+
+const (
+	scratchSize = 64 << 10
+	// pumpBudget is how much one flow moves before others get their turn. Units: bytes.
+	pumpBudget = 1 << 20
+	maxIovecs  = 256
+	// drainCheck is how often a reset looks whether the data before it was delivered; drainTime how long it waits.
+	drainCheck = 5 * time.Millisecond
+	drainTime  = 5 * time.Second
+)
+
+// relayScratch is the loop's memory for relays.
+type relayScratch struct {
+	buf    []byte
+	reader bytes.Reader
+	peek   peeker
+	skip   skipper
+	socket socketReader
+}
+
+func (r *relay) start(f *tcpFlow) {
+	r.hostReadable, r.hostWritable = true, true
+	f.started = f.l.now
+	r.editor = newEditor(f)
+}
+
+func (r *relay) release() {
+	if r.editor != nil {
+		r.editor.release()
+		r.editor = nil
+	}
+}
+
+// noteHost remembers an edge of the host socket.
+func (f *tcpFlow) noteHost(events uint32) {
+	if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		f.relay.hostReadable = true
+	}
+	if events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		f.relay.hostWritable = true
+	}
+}
+
+// pump moves what can be moved. It runs on the loop whenever one of the sides changed.
+func (f *tcpFlow) pump(l *loop) {
+	if f.inbound != nil && f.state == stateHandshake && f.ep != nil {
+		f.checkConnected()
+	}
+	if f.state != stateOpen {
+		return
+	}
+	if f.relay.dns != nil {
+		f.relay.dns.pump()
+		return
+	}
+	f.pumpOut(l)
+	if f.state == stateOpen {
+		f.pumpIn(l)
+	}
+	if f.state == stateOpen && f.relay.outEnded && f.relay.inEnded {
+		f.end()
+	}
+}
+
+// peeker collects the slices of netstack's receive queue without copying. They stay valid until they are consumed, which only
+// the loop does.
+type peeker struct {
+	iov []unix.Iovec
+	n   int
+}
+
+var errEnough = errors.New("enough")
+
+// Write implements io.Writer.
+func (p *peeker) Write(b []byte) (int, error) {
+	if len(p.iov) == maxIovecs || p.n >= pumpBudget {
+		return 0, errEnough
+	}
+	if len(b) > 0 {
+		v := unix.Iovec{Base: &b[0]}
+		v.SetLen(len(b))
+		p.iov = append(p.iov, v)
+		p.n += len(b)
+	}
+	return len(b), nil
+}
+
+// skipper consumes exactly n bytes.
+type skipper struct{ n int }
+
+// Write implements io.Writer.
+func (s *skipper) Write(b []byte) (int, error) {
+	if s.n < len(b) {
+		n := s.n
+		s.n = 0
+		return n, errEnough
+	}
+	s.n -= len(b)
+	return len(b), nil
+}
+
+// pumpOut moves bytes from the program to the host.
+//
+// Hot path: no copy, no allocation.
+func (f *tcpFlow) pumpOut(l *loop) {
+	r := &f.relay
+	if r.editor != nil {
+		r.editor.pumpOut()
+		return
+	}
+	for moved := 0; r.hostWritable && !r.outEnded; {
+		if moved >= pumpBudget {
+			l.markDirty(f)
+			return
+		}
+		s := &l.g.relay
+		s.peek.iov, s.peek.n = s.peek.iov[:0], 0
+		_, err := f.ep.Read(&s.peek, tcpip.ReadOptions{Peek: true})
+		if s.peek.n == 0 {
+			f.programStopped(err)
+			return
+		}
+		n, errno := sysWritev(f.fd, s.peek.iov)
+		if errno != 0 {
+			f.hostWriteFailed(errno)
+			return
+		}
+		s.skip.n = n
+		_, _ = f.ep.Read(&s.skip, tcpip.ReadOptions{}) // these bytes were just seen
+		tcpModerate(f.ep, n)
+		r.bytesOut += uint64(n)
+		moved += n
+		if n < s.peek.n {
+			r.hostWritable = false
+		}
+	}
+}
+
+// moderator is netstack's receive window tuning.
+type moderator interface{ ModerateRecvBuf(copied int) }
+
+func tcpModerate(ep tcpip.Endpoint, n int) {
+	if m, ok := ep.(moderator); ok {
+		m.ModerateRecvBuf(n)
+	}
+}
+
+// programStopped acts on a read from netstack that gave nothing.
+func (f *tcpFlow) programStopped(err tcpip.Error) {
+	switch err.(type) {
+	case nil, *tcpip.ErrWouldBlock:
+	case *tcpip.ErrClosedForReceive:
+		f.endOut()
+	default:
+		// What the program sent before its reset has been written; the host's kernel sends it before the reset.
+		f.resetHostAfterData(err.String())
+	}
+}
+
+// endOut passes the program's end of stream on.
+func (f *tcpFlow) endOut() {
+	if f.relay.outEnded {
+		return
+	}
+	f.relay.outEnded = true
+	if err := unix.Shutdown(f.fd, unix.SHUT_WR); err != nil && err != unix.ENOTCONN {
+		f.l.g.opts.Logger.Debug("half-close the host side", "err", err)
+	}
+}
+
+// resetHostAfterData resets the host side once its kernel has delivered what was written.
+func (f *tcpFlow) resetHostAfterData(why string) {
+	f.whenDrained(func() bool { return sysUnsent(f.fd) == 0 }, func() { f.reset("program: " + why) })
+}
+
+// whenDrained runs fn as soon as drained holds, or after drainTime.
+func (f *tcpFlow) whenDrained(drained func() bool, fn func()) {
+	r := &f.relay
+	if r.drain != nil {
+		return
+	}
+	deadline := f.l.now.Add(drainTime)
+	var look func()
+	look = func() {
+		switch {
+		case f.state != stateOpen:
+		case drained() || !f.l.now.Before(deadline):
+			fn()
+		default:
+			r.drain = f.l.after(drainCheck, look)
+		}
+	}
+	look()
+}
+
+// hostWriteFailed acts on a host socket that took nothing.
+func (f *tcpFlow) hostWriteFailed(errno syscall.Errno) {
+	r := &f.relay
+	r.hostWritable = false
+	if errno == syscall.EAGAIN {
+		return
+	}
+	// The host side is gone for writing. What it sent before is still to be read; the read that follows finds the reset.
+	r.hostReset = true
+	r.hostReadable = true
+	r.detail = "host: " + errno.Error()
+}
+
+// socketReader feeds n bytes that are known to wait in a socket to netstack. A Payloader that has less than it says makes
+// netstack spin for ever, so that a short read is filled up with an error.
+type socketReader struct {
+	fd, n int
+}
+
+// Len implements tcpip.Payloader.
+func (s *socketReader) Len() int { return s.n }
+
+// Read implements io.Reader.
+func (s *socketReader) Read(b []byte) (int, error) {
+	if s.n == 0 {
+		return 0, io.EOF
+	}
+	if len(b) == 0 {
+		return 0, nil // netstack asks for the end of the stream so
+	}
+	n, errno := sysRead(s.fd, b[:min(len(b), s.n)])
+	if errno != 0 {
+		return 0, errno
+	}
+	if n == 0 {
+		return 0, io.ErrUnexpectedEOF
+	}
+	s.n -= n
+	return n, nil
+}
+
+// pumpIn moves bytes from the host to the program.
+//
+// Hot path: one copy for small messages, none for bulk; no allocation besides netstack's segments.
+func (f *tcpFlow) pumpIn(l *loop) {
+	r := &f.relay
+	if r.editor != nil {
+		r.editor.pumpIn()
+		return
+	}
+	for moved := 0; r.hostReadable && !r.inEnded; {
+		if moved >= pumpBudget {
+			l.markDirty(f)
+			return
+		}
+		if !f.flushKept() || !f.writable() {
+			return // netstack tells when half of its buffer is free
+		}
+		n := f.moveIn(l)
+		if n == 0 {
+			return
+		}
+		r.bytesIn += uint64(n)
+		moved += n
+	}
+}
+
+// writable reports whether netstack has room to send.
+func (f *tcpFlow) writable() bool {
+	return f.ep.Readiness(waiter.WritableEvents) != 0
+}
+
+// moveIn makes one step from the host's socket into netstack; 0: nothing more can be done now.
+func (f *tcpFlow) moveIn(l *loop) int {
+	s, r := &l.g.relay, &f.relay
+	if r.bulk {
+		if n := sysReadable(f.fd); n >= scratchSize/2 {
+			return f.moveBulk(n)
+		}
+		r.bulk = false
+	}
+	n, errno := sysRead(f.fd, s.buf)
+	if errno != 0 || n == 0 {
+		f.hostStopped(errno)
+		return 0
+	}
+	r.hostReadable = n == len(s.buf)
+	r.bulk = r.hostReadable
+	s.reader.Reset(s.buf[:n])
+	if w := f.write(&s.reader); w < n && f.state == stateOpen {
+		r.kept = append(r.kept, s.buf[w:n]...)
+	}
+	return n
+}
+
+// moveBulk reads n waiting bytes, as far as there is room, straight into netstack's memory.
+func (f *tcpFlow) moveBulk(n int) int {
+	s := &f.l.g.relay
+	s.socket = socketReader{fd: f.fd, n: min(n, pumpBudget)}
+	return f.write(&s.socket)
+}
+
+// flushKept writes what an earlier step had no room for. It reports whether nothing is left.
+func (f *tcpFlow) flushKept() bool {
+	r := &f.relay
+	if len(r.kept) == 0 {
+		return true
+	}
+	reader := &f.l.g.relay.reader
+	reader.Reset(r.kept)
+	if r.kept = r.kept[f.write(reader):]; len(r.kept) > 0 {
+		return false
+	}
+	r.kept = nil
+	return true
+}
+
+// write gives netstack what it has room for, and resets the flow where it takes nothing for good.
+func (f *tcpFlow) write(p tcpip.Payloader) int {
+	n, err := f.ep.Write(p, tcpip.WriteOptions{Atomic: true})
+	f.relay.written += uint32(n)
+	if _, full := err.(*tcpip.ErrWouldBlock); err != nil && !full {
+		f.reset("program: " + err.String())
+	}
+	return int(n)
+}
+
+// hostStopped acts on a read from the host socket that gave nothing.
+func (f *tcpFlow) hostStopped(errno syscall.Errno) {
+	r := &f.relay
+	r.hostReadable = false
+	switch {
+	case errno == syscall.EAGAIN:
+		if r.hostReset {
+			f.resetProgramAfterData()
+		}
+	case errno != 0:
+		r.hostReset = true
+		r.detail = "host: " + errno.Error()
+		f.resetProgramAfterData()
+	case r.hostReset:
+		// An end of stream and then a reset: the program gets both, in this order.
+		f.endIn()
+		f.resetProgramAfterData()
+	default:
+		f.endIn()
+	}
+}
+
+// endIn passes the host's end of stream on.
+func (f *tcpFlow) endIn() {
+	if f.relay.inEnded {
+		return
+	}
+	if !f.flushKept() {
+		f.relay.hostReadable = true // the read finds the end again once there is room
+		return
+	}
+	f.relay.inEnded = true
+	_ = f.ep.Shutdown(tcpip.ShutdownWrite) // an endpoint that is not connected any more has told so by an event
+}
+
+// resetProgramAfterData resets the program's side once netstack has delivered what came before.
+func (f *tcpFlow) resetProgramAfterData() {
+	f.whenDrained(f.relay.acknowledged, func() { f.reset(f.relay.detail) })
+}
+
+// acknowledged reports whether the program's kernel has all that was given to netstack.
+func (r *relay) acknowledged() bool {
+	return len(r.kept) == 0 && r.lastAck-r.firstAck == r.written
+}
+
+// noteAck remembers what the program's kernel acknowledged.
+func (r *relay) noteAck(ack uint32) {
+	if !r.hasAck {
+		r.hasAck, r.firstAck = true, ack
+	}
+	r.lastAck = ack
+}
