@@ -44,7 +44,7 @@ func (f *datagramFlow) send(p *packet) {
 	if len(f.batch) == 0 {
 		f.l.sending = append(f.l.sending, f)
 	}
-	f.batch = append(f.batch, outDatagram{buf: p.buf.IncRef(), size: p.h.End - p.h.PayloadStart, df: f.df})
+	f.batch = append(f.batch, outDatagram{buf: p.buf.IncRef(), size: p.h.PayloadEnd - p.h.PayloadStart, df: f.df})
 	if len(f.batch) == maxBatch {
 		f.flush()
 	}
@@ -242,7 +242,7 @@ func (l *loop) deliverUDP(f *datagramFlow, slot []byte, n int) {
 	b := slot[at : headroom+n]
 	udp := header.UDP(b[ipLen:])
 	udp.Encode(&header.UDPFields{SrcPort: src.Port(), DstPort: dst.Port(), Length: uint16(header.UDPMinimumSize + n)})
-	h := wire.Header{V6: ipLen == header.IPv6MinimumSize, Protocol: wire.UDP, Src: src.Addr(), Dst: dst.Addr(), TransportStart: ipLen, End: len(b)}
+	h := wire.Header{V6: ipLen == header.IPv6MinimumSize, Protocol: wire.UDP, Src: src.Addr(), Dst: dst.Addr(), TransportStart: ipLen, PayloadEnd: len(b), End: len(b)}
 	l.encodeIP(b, &h)
 	h.SetChecksums(b)
 	l.g.counters.packetsIn.Add(1)

@@ -59,7 +59,7 @@ func (l *loop) deliverMessage(who *subject, message []byte) {
 
 // payload copies the payload of a consumed packet.
 func (p *packet) payload() []byte {
-	out := make([]byte, 0, p.h.End-p.h.PayloadStart)
+	out := make([]byte, 0, p.h.PayloadEnd-p.h.PayloadStart)
 	for _, v := range appendPayload(nil, p.buf) {
 		out = append(out, sliceOf(v)...)
 	}

@@ -100,8 +100,8 @@ func (l *loop) parse(p *packet) dropReason {
 	case martianDestination(h.Dst):
 		return dropMartian
 	}
-	if h.End < total {
-		p.buf.Data().CapLength(h.End) // what follows is padding
+	if h.PayloadEnd < total {
+		p.buf.Data().CapLength(h.PayloadEnd) // what follows is padding
 	}
 	return dropNone
 }
@@ -184,7 +184,7 @@ func (l *loop) checksumValid(p *packet) bool {
 	}
 	sum := wire.Sum(0, head[p.h.TransportStart:p.h.PayloadStart])
 	if p.h.Protocol != wire.ICMP {
-		sum = wire.PseudoSum(p.h.Src, p.h.Dst, p.h.Protocol, p.h.End-p.h.TransportStart) + sum
+		sum = wire.PseudoSum(p.h.Src, p.h.Dst, p.h.Protocol, p.h.PayloadEnd-p.h.TransportStart) + sum
 	}
 	sum = fold(fold(sum) + uint32(p.buf.Data().ChecksumAtOffset(p.h.PayloadStart)))
 	return sum == 0xffff

@@ -225,7 +225,7 @@ func (l *loop) replyReset(p *packet) {
 		f.SeqNum = in.AckNumber()
 	} else {
 		f.Flags |= header.TCPFlagAck
-		f.AckNum = in.SequenceNumber() + uint32(p.h.End-p.h.PayloadStart)
+		f.AckNum = in.SequenceNumber() + uint32(p.h.PayloadEnd-p.h.PayloadStart)
 		if in.Flags()&(header.TCPFlagSyn|header.TCPFlagFin) != 0 {
 			f.AckNum++
 		}

@@ -471,7 +471,8 @@ func packetOf(b *stack.PacketBuffer) packet {
 	p.h.Src, p.h.Dst = addrOf(n.SourceAddress()), addrOf(n.DestinationAddress())
 	p.h.SrcPort, p.h.DstPort = binary.BigEndian.Uint16(p.transport), binary.BigEndian.Uint16(p.transport[2:])
 	p.local, p.remote = p.h.Source(), p.h.Destination()
-	p.h.End = p.h.PayloadStart + b.Data().Size()
+	p.h.PayloadEnd = p.h.PayloadStart + b.Data().Size()
+	p.h.End = p.h.PayloadEnd
 	return p
 }
 
@@ -573,9 +574,11 @@ func (g *Gateway) recordDialFailure(f *tcpFlow, errno syscall.Errno) {
 func (f *tcpFlow) onReady(events uint32) {
 	switch f.state {
 	case stateDialing:
-		if errno := socketError(f.fd); errno != 0 {
-			f.dialFailed(errno)
-			return
+		if events&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
+			if errno := socketError(f.fd); errno != 0 {
+				f.dialFailed(errno)
+				return
+			}
 		}
 		if events&(unix.EPOLLOUT|unix.EPOLLHUP) != 0 {
 			f.noteHost(events)
