@@ -3,6 +3,7 @@ package sandbox
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 )
@@ -21,6 +22,10 @@ func act(what string, args []string) int {
 		err = actCount()
 	case "attack":
 		err = actAttack(args)
+	case "dial":
+		err = actDial(args)
+	case "attack-queue":
+		err = actAttackQueue()
 	case "nested":
 		report("nested ", nestedAttempts())
 	default:
@@ -46,3 +51,6 @@ func actSend(to, text string) error {
 
 // testContext is for programs that have no test.
 func testContext() context.Context { return context.Background() }
+
+// testLogger is silent.
+func testLogger() *slog.Logger { return slog.New(slog.DiscardHandler) }

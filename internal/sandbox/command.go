@@ -116,8 +116,11 @@ func commandFiles(inherited []inheritedFile) []uintptr {
 	return files
 }
 
+// errMode says that a file is there and we may not execute it.
+var errMode = fmt.Errorf("may not be executed by this user: %w", unix.EACCES)
+
 // errDirectory says that a command is a folder.
-var errDirectory = errors.New("is a directory")
+var errDirectory = fmt.Errorf("is a folder: %w", unix.EISDIR)
 
 // lookUp returns the file that name means, as execvp does: a name with a slash is itself, any other is looked for in
 // path. The calling thread's rights count.
@@ -143,8 +146,9 @@ func lookUp(name, path string) (string, error) {
 		if err == nil {
 			return file, nil
 		}
-		// A folder of that name, or a file that we may not run, is an answer only if there is no better one.
-		if !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ENOTDIR) && !errors.Is(err, errDirectory) {
+		// A file that we may not run is an answer if there is no better one; folders, and what lies in folders that we
+		// may not enter, are none.
+		if errors.Is(err, errMode) {
 			found = fmt.Errorf("%s: %w", file, err)
 		}
 	}
@@ -160,7 +164,10 @@ func executable(file string) error {
 	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
 		return errDirectory
 	}
-	return unix.Access(file, unix.X_OK)
+	if unix.Access(file, unix.X_OK) != nil {
+		return errMode
+	}
+	return nil
 }
 
 // kindOf returns what it means that a command could not be looked up.

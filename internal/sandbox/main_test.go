@@ -18,19 +18,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The test binary is several programs: the sandbox's init, an ordinary user's test run, and the commands inside.
+// The test binary is several programs: the sandbox's init, a test run in other mounts or as another user, and the
+// commands inside.
 const (
-	ordinaryName = "wfpstack-test-ordinary" // argv[0] of the one that becomes an ordinary user
-	actName      = "wfpstack-test-act"      // argv[1] of a command inside; argv[2] names what it does
-	exeEnv       = "WFPSTACK_TEST_EXE"      // where an ordinary user finds the test binary
-	ordinaryUID  = 65534
+	againName   = "wfpstack-test-again" // argv[0] of the one that sets a scene and runs the tests again
+	actName     = "wfpstack-test-act"   // argv[1] of a command inside; argv[2] names what it does
+	exeEnv      = "WFPSTACK_TEST_EXE"   // where an ordinary user finds the test binary
+	sceneEnv    = "WFPSTACK_TEST_SCENE" // the scene that was set
+	ordinaryUID = 65534
 )
 
 func TestMain(m *testing.M) {
 	MaybeInit()
 	switch {
-	case os.Args[0] == ordinaryName:
-		os.Exit(becomeOrdinary())
+	case os.Args[0] == againName:
+		os.Exit(setScene())
 	case len(os.Args) > 2 && os.Args[1] == actName:
 		os.Exit(act(os.Args[2], os.Args[3:]))
 	}
@@ -41,72 +43,113 @@ func TestMain(m *testing.M) {
 // /dev/net/tun is open, in mounts of its own.
 func everyUser(t *testing.T, test func(t *testing.T)) {
 	t.Helper()
-	need.TUN(t)
 	need.UserNS(t)
 	if os.Getuid() != 0 {
+		need.TUN(t)
 		test(t)
 		return
 	}
 	name := t.Name()
+	need.TUN(t)
 	t.Run("root", test)
-	t.Run("ordinary", func(t *testing.T) { asOrdinary(t, name) })
+	t.Run("ordinary", func(t *testing.T) { again(t, name, "", ordinaryUID) })
 }
 
-// asOrdinary runs the named test as an ordinary user.
-func asOrdinary(t *testing.T, name string) {
+// everyScene runs a test in each of the scenes, as root and as an ordinary user where we can be both. test gets the
+// scene's name.
+func everyScene(t *testing.T, names []string, test func(t *testing.T, scene string)) {
 	t.Helper()
-	need.Root(t)
+	if scene := os.Getenv(sceneEnv); scene != "" {
+		test(t, scene)
+		return
+	}
+	need.UserNS(t)
+	need.TUN(t)
+	name := t.Name()
+	for _, scene := range names {
+		t.Run(scene, func(t *testing.T) {
+			if os.Getuid() != 0 {
+				again(t, name, scene, os.Getuid())
+				return
+			}
+			t.Run("root", func(t *testing.T) { again(t, name, scene, 0) })
+			t.Run("ordinary", func(t *testing.T) { again(t, name, scene, ordinaryUID) })
+		})
+	}
+}
+
+// again runs the named test in a process with mounts of its own, in which a scene was set, as a user.
+func again(t *testing.T, name, scene string, uid int) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "/proc/self/exe")
-	cmd.Args = []string{ordinaryName, t.TempDir(), "-test.run=^" + name + "$", "-test.v=true"}
+	cmd.Args = []string{againName, scene, fmt.Sprint(uid), "-test.run=^" + name + "$", "-test.v=true"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+	if os.Getuid() != 0 || strings.HasPrefix(scene, "limit") {
+		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
+		cmd.SysProcAttr.UidMappings = idMappings("/proc/self/uid_map", os.Getuid(), os.Getuid() == 0)
+		cmd.SysProcAttr.GidMappings = idMappings("/proc/self/gid_map", os.Getgid(), os.Getuid() == 0)
+		cmd.SysProcAttr.AmbientCaps = []uintptr{unix.CAP_SYS_ADMIN, unix.CAP_SYS_RESOURCE}
+		cmd.SysProcAttr.GidMappingsEnableSetgroups = os.Getuid() == 0
+	}
 	out, err := cmd.CombinedOutput()
 	if err != nil {
-		t.Fatalf("as uid %d: %v\n%s", ordinaryUID, err, out)
+		t.Fatalf("as uid %d in scene %q: %v\n%s", uid, scene, err, out)
 	}
 	if bytes.Contains(out, []byte("--- SKIP")) {
-		need.Missing(t, "what an ordinary user needs:\n%s", out)
+		need.Missing(t, "what uid %d needs:\n%s", uid, out)
 	}
 	if !bytes.Contains(out, []byte("--- PASS: "+name)) {
-		t.Fatalf("as uid %d: nothing ran\n%s", ordinaryUID, out)
+		t.Fatalf("as uid %d: nothing ran\n%s", uid, out)
 	}
 }
 
-// becomeOrdinary makes the mounts and runs the test binary in them as an ordinary user.
-func becomeOrdinary() int {
+// stageDir is a place of our own in the mounts of a second process.
+const stageDir = "/mnt"
+
+// setScene makes the mounts and runs the test binary in them as a user.
+func setScene() int {
 	err := func() error {
 		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 			return err
 		}
-		dir := "/mnt"
-		if err := unix.Mount("test", dir, "tmpfs", 0, "mode=1777"); err != nil {
+		if err := unix.Mount("test", stageDir, "tmpfs", 0, "mode=1777"); err != nil {
 			return err
 		}
-		node := filepath.Join(dir, "tun")
-		// The mode is set apart: mknod's is subject to the umask.
-		if err := errors.Join(unix.Mknod(node, unix.S_IFCHR, int(unix.Mkdev(10, 200))), os.Chmod(node, 0o666)); err != nil {
+		var uid uint32
+		if _, err := fmt.Sscan(os.Args[2], &uid); err != nil {
 			return err
 		}
-		if err := unix.Mount(node, "/dev/net/tun", "", unix.MS_BIND, ""); err != nil {
-			return err
+		// Only root of the machine may make device nodes; who is not, has one that it may open.
+		node := filepath.Join(stageDir, "tun")
+		if err := unix.Mknod(node, unix.S_IFCHR, int(unix.Mkdev(10, 200))); err == nil {
+			// The mode is set apart: mknod's is subject to the umask.
+			if err := errors.Join(os.Chmod(node, 0o666), unix.Mount(node, "/dev/net/tun", "", unix.MS_BIND, "")); err != nil {
+				return err
+			}
 		}
-		exe := filepath.Join(dir, "sandbox.test")
+		exe := filepath.Join(stageDir, "sandbox.test")
 		if err := copyFile("/proc/self/exe", exe); err != nil {
 			return err
 		}
-		cmd := exec.Command(exe, os.Args[2:]...)
-		cmd.Dir = dir
-		cmd.Env = append(os.Environ(), exeEnv+"="+exe, "TMPDIR="+dir, "HOME="+dir)
+		if scene := os.Args[1]; scene != "" {
+			if err := scenes[scene](); err != nil {
+				return fmt.Errorf("scene %s: %w", scene, err)
+			}
+		}
+		cmd := exec.Command(exe, os.Args[3:]...)
+		cmd.Dir = stageDir
+		cmd.Env = append(os.Environ(), exeEnv+"="+exe, "TMPDIR="+stageDir, "HOME="+stageDir, sceneEnv+"="+os.Args[1])
 		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-		cmd.SysProcAttr = &syscall.SysProcAttr{
-			Credential: &syscall.Credential{Uid: ordinaryUID, Gid: ordinaryUID},
-			Pdeathsig:  syscall.SIGKILL,
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		if os.Getuid() == 0 && uid != 0 {
+			cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uid, Gid: uid}
 		}
 		return cmd.Run()
 	}()
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "become an ordinary user:", err)
+		fmt.Fprintln(os.Stderr, "set the scene:", err)
 		return 1
 	}
 	return 0

@@ -142,10 +142,11 @@ func namespaces(cfg *Config, pidNamespace bool) *syscall.SysProcAttr {
 		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET | syscall.CLONE_NEWNS,
 		UidMappings: idMappings("/proc/self/uid_map", os.Getuid(), os.Geteuid() == 0),
 		GidMappings: idMappings("/proc/self/gid_map", os.Getgid(), os.Geteuid() == 0),
-		Pdeathsig:   syscall.SIGKILL,
 	}
 	if pidNamespace {
+		// The kernel ends all others with init. Otherwise init does, when it loses our end of the pair.
 		a.Cloneflags |= syscall.CLONE_NEWPID
+		a.Pdeathsig = syscall.SIGKILL
 	}
 	if cfg.HideSockets {
 		a.Cloneflags |= syscall.CLONE_NEWIPC
