@@ -73,6 +73,9 @@ func everyScene(t *testing.T, names []string, test func(t *testing.T, scene stri
 				return
 			}
 			t.Run("root", func(t *testing.T) { again(t, name, scene, 0) })
+			if scene == "limit few" {
+				return // in a user namespace nobody can make a device node for an ordinary user
+			}
 			t.Run("ordinary", func(t *testing.T) { again(t, name, scene, ordinaryUID) })
 		})
 	}
