@@ -163,15 +163,22 @@ func (f *datagramFlow) authorize(p *packet) bool {
 		d = f.classifyConnect(p, 0)
 	}
 	switch {
-	case f.op != nil && d.Absorb:
-		if f.op.Cause() == layers.PendOutstanding && f.who.flow != nil {
-			l.g.counters.drop(dropPended)
-		}
+	case d.Blocked() && d.Absorb && f.op != nil:
+		l.g.counters.drop(dropPended)
 		return false
-	case d.Blocked():
+	case d.Blocked() && d.Absorb:
+		l.g.counters.drop(dropAbsorbed)
+		f.end("")
+		return false
+	}
+	if f.op != nil {
+		f.endPend(layers.PendStopped) // a callout pended, and then the final decision was not its own
+	}
+	if d.Blocked() {
 		f.refuse(p, kind, &d)
 		return false
 	}
+	l.g.record(layers.RecordVerdict, kind.Layer(f.who.family()), &f.who, &d, nil)
 	return f.establish()
 }
 
@@ -266,6 +273,7 @@ func (f *datagramFlow) completed(op *layers.PendedOp) {
 		f.refuse(nil, layers.ALEAuthConnect, &d)
 		return
 	}
+	f.l.g.record(layers.RecordVerdict, layers.ALEAuthConnect.Layer(f.who.family()), &f.who, &d, nil)
 	if f.establish() {
 		f.open(nil)
 	}

@@ -59,7 +59,7 @@ type Publish struct {
 type Options struct {
 	// Engine decides. Required.
 	Engine *filter.Engine
-	// Recorder takes the records, Ledger the entries of what is held.
+	// Recorder takes the records, if there is one; Ledger the entries of what is held.
 	Recorder layers.Recorder
 	Ledger   *ledger.Ledger
 	// Names, DNS, Sockets and Guard connect the gateway to the parts of the program; nil: there is none.
@@ -111,18 +111,10 @@ func (o *Options) setDefaults() {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	if o.Recorder == nil {
-		o.Recorder = discardRecords{}
-	}
 	if o.Ledger == nil {
 		o.Ledger = ledger.New(o.Clock)
 	}
 }
-
-type discardRecords struct{}
-
-// Record implements layers.Recorder.
-func (discardRecords) Record(*layers.Record) {}
 
 // Gateway is the stack between a device, behind which the programs are, and the host's network. It is made by New, runs from
 // then on, and ends with Close or with its device.

@@ -112,6 +112,9 @@ func (g *Gateway) decide(s *scratch) layers.Decision {
 
 // record hands a decision to the recorder.
 func (g *Gateway) record(t layers.RecordType, layer layers.ID, who *subject, d *layers.Decision, more func(*layers.Record)) {
+	if g.opts.Recorder == nil {
+		return
+	}
 	r := layers.Record{Time: g.clock(), Type: t, Layer: layer, Protocol: who.proto, Local: who.local, Remote: who.remote, Flow: who.flow.ID(), Decision: d}
 	if g.opts.Names != nil {
 		if names := g.opts.Names.AppendNames(nil, who.remote.Addr()); len(names) > 0 {

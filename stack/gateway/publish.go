@@ -281,6 +281,7 @@ func (f *tcpFlow) authorizeAccept(s *scratch, v layers.PacketView) bool {
 		in.blocked = &d
 		return false
 	}
+	g.record(layers.RecordVerdict, id, &f.who, &d, func(r *layers.Record) { r.Original = in.client })
 	in.decided = true
 	return true
 }

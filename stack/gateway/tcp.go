@@ -270,13 +270,23 @@ func (f *tcpFlow) countEmbryonic(by int) {
 
 // decided acts on the decision at auth connect. p is the SYN, nil after a pend.
 func (f *tcpFlow) decided(p *packet, d *layers.Decision) {
+	pended := d.Blocked() && d.Absorb
+	if f.op != nil && !pended {
+		// A callout pended, and then the final decision was not its own: nobody waits for it.
+		f.op.Cancel(layers.PendStopped)
+		f.op = nil
+	}
 	switch {
-	case f.op != nil && d.Absorb:
+	case f.op != nil:
 		f.state = statePended
 		f.watchPend()
+	case pended:
+		f.l.g.counters.drop(dropAbsorbed)
+		f.goSilent()
 	case d.Blocked():
 		f.refuse(p, layers.ALEAuthConnect, d)
 	default:
+		f.l.g.record(layers.RecordVerdict, layers.ALEAuthConnect.Layer(f.who.family()), &f.who, d, nil)
 		f.dial(p)
 	}
 }
