@@ -2,6 +2,7 @@ package filter
 
 import (
 	"fmt"
+	"maps"
 	"runtime/debug"
 	"sync/atomic"
 	"time"
@@ -113,8 +114,10 @@ func (e *Engine) Register(name string, c layers.Callout, o RegisterOptions) (*Re
 	return r, nil
 }
 
-// publishCallout compiles the layers with filters that name a callout.
+// publishCallout compiles the layers with filters that name a callout that came or went.
 func (e *Engine) publishCallout(r *Registration) {
+	callouts := maps.Clone(e.config.callouts)
+	e.callouts.Store(&callouts)
 	dirty := make(map[layers.ID]bool)
 	for _, o := range e.config.filters {
 		if o.Action.IsCallout() && (o.Callout == r.name || o.Callout == string(r.key)) {
@@ -126,13 +129,11 @@ func (e *Engine) publishCallout(r *Registration) {
 	}
 }
 
-// Callout returns the registration with a name or key.
+// Callout returns the registration with a name or key, as of now.
 //
 // Errors: ErrCalloutNotFound.
 func (e *Engine) Callout(name string) (*Registration, error) {
-	e.lock()
-	defer e.unlock()
-	if r := e.config.callouts[name]; r != nil {
+	if r := (*e.callouts.Load())[name]; r != nil {
 		return r, nil
 	}
 	return nil, &Error{Object: "callout", Name: name, Err: ErrCalloutNotFound}

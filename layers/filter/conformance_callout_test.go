@@ -17,7 +17,8 @@ type watcher struct {
 	classify func(*layers.Indication) layers.Verdict
 	refuse   error
 
-	mu  sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	log []string
 }
 

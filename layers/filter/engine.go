@@ -2,6 +2,7 @@ package filter
 
 import (
 	"log/slog"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -38,6 +39,12 @@ type Engine struct {
 	// generations counts the changes of each layer.
 	generations [layers.NumLayers]atomic.Uint64
 
+	// sublayers and callouts are what listings show, as of the last commit.
+	sublayers atomic.Pointer[[]SublayerInfo]
+	callouts  atomic.Pointer[map[string]*Registration]
+	// filters counts the filters, for Counts.
+	filters atomic.Int64
+
 	// writer is held by whoever changes the configuration. Capacity 1: the value in it is the lock.
 	writer chan struct{}
 	// config is guarded by writer.
@@ -54,6 +61,8 @@ func New(o Options) *Engine {
 		e.panicLimit = uint64(o.PanicLimit)
 	}
 	e.config.init()
+	e.publishSublayers()
+	e.callouts.Store(&map[string]*Registration{})
 	return e
 }
 
@@ -100,6 +109,28 @@ func (e *Engine) Filters(layer layers.ID) []FilterInfo {
 		out[i] = FilterInfo{Filter: o.Filter.clone(), ID: o.id, EffectiveWeight: o.weight, SublayerName: t.filters[i].sublayerName}
 	}
 	return out
+}
+
+// Sublayers lists the sublayers in the order of evaluation, as of now. The list is the caller's.
+func (e *Engine) Sublayers() []SublayerInfo { return slices.Clone(*e.sublayers.Load()) }
+
+func (e *Engine) publishSublayers() {
+	order := e.config.order()
+	e.sublayers.Store(&order)
+}
+
+// Counts is how full the engine's tables are; the limits are MaxFilters, MaxSublayers and MaxCallouts.
+type Counts struct{ Filters, Sublayers, Callouts int }
+
+// Counts returns how full the engine's tables are, as of the last commit.
+func (e *Engine) Counts() Counts {
+	n := Counts{Filters: int(e.filters.Load()), Sublayers: len(*e.sublayers.Load())}
+	for name, r := range *e.callouts.Load() {
+		if name == r.name { // the key leads to it too
+			n.Callouts++
+		}
+	}
+	return n
 }
 
 // lock waits for the right to change the configuration.

@@ -63,7 +63,7 @@ func textHolds(m filter.Match, s, want string) bool {
 	case filter.MatchLessOrEqual:
 		return s <= want
 	case filter.MatchEqualCaseInsensitive:
-		return strings.ToLower(s) == strings.ToLower(want)
+		return strings.EqualFold(s, want)
 	case filter.MatchSuffix:
 		return strings.HasSuffix(s, want)
 	case filter.MatchNotSuffix:

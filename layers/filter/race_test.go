@@ -13,7 +13,7 @@ import (
 // TestWriterAgainstClassifiers: each Update exchanges two filters of two sublayers together, so that a classification which saw
 // half of one would see a pair that never was.
 func TestWriterAgainstClassifiers(t *testing.T) {
-	rounds := 2000
+	rounds := 500
 	if need.Race {
 		rounds /= 10
 	}
@@ -89,7 +89,7 @@ func TestWriterAgainstClassifiers(t *testing.T) {
 // TestRegistrationAgainstClassifiers registers and unregisters a callout while it is asked: it is never called outside of its
 // registration.
 func TestRegistrationAgainstClassifiers(t *testing.T) {
-	rounds := 2000
+	rounds := 500
 	if need.Race {
 		rounds /= 10
 	}

@@ -13,6 +13,8 @@ type Tx struct {
 	done  bool
 	undo  []func()
 	dirty map[layers.ID]bool
+	// sublayers says that sublayers changed.
+	sublayers bool
 	// added and deleted are what the callouts were or will be told.
 	added, deleted []notice
 }
@@ -54,6 +56,10 @@ func (tx *Tx) commit() {
 	for layer := range tx.dirty {
 		tx.e.publish(layer)
 	}
+	if tx.sublayers {
+		tx.e.publishSublayers()
+	}
+	tx.e.filters.Store(int64(len(tx.e.config.filters)))
 	for _, n := range tx.deleted {
 		n.watcher.filterDeleted(n.object)
 	}
@@ -191,6 +197,7 @@ func (tx *Tx) AddSublayer(s Sublayer) (layers.SublayerID, error) {
 		c.sublayerIDs[s.Key] = id
 	}
 	c.sublayers[id] = &s
+	tx.sublayers = true
 	tx.undo = append(tx.undo, func() { delete(c.sublayers, id) })
 	return id, nil
 }
@@ -222,6 +229,7 @@ func (tx *Tx) DeleteSublayer(id layers.SublayerID) error {
 		}
 	}
 	delete(c.sublayers, id)
+	tx.sublayers = true
 	tx.undo = append(tx.undo, func() { c.sublayers[id] = s })
 	return nil
 }
@@ -275,13 +283,6 @@ func (e *Engine) SetDefault(kind layers.Kind, action layers.Action) {
 		tx.SetDefault(kind, action)
 		return nil
 	})
-}
-
-// Sublayers lists the sublayers in order of evaluation. It waits for a writer.
-func (e *Engine) Sublayers() []SublayerInfo {
-	e.lock()
-	defer e.unlock()
-	return e.config.order()
 }
 
 // filterError names the filter that broke a rule.
