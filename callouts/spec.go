@@ -295,7 +295,11 @@ func (r *Reader) known() []string {
 func unknown(what, word string, known []string) string {
 	best, least := "", len(word)/3+2
 	for _, k := range known {
-		if d := distance(word, k); d < least {
+		d := distance(word, k)
+		if len(word) > 1 && strings.HasPrefix(k, word) {
+			d = 1 // abbreviated
+		}
+		if d < least {
 			best, least = k, d
 		}
 	}
