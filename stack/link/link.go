@@ -84,13 +84,10 @@ func (*Endpoint) LinkAddress() tcpip.LinkAddress { return "" }
 func (*Endpoint) SetLinkAddress(tcpip.LinkAddress) {}
 
 // Capabilities implements stack.LinkEndpoint. Received checksums are declared valid for the whole NIC; MarkTrusted tells which
-// are.
-func (e *Endpoint) Capabilities() stack.LinkEndpointCapabilities {
-	c := stack.CapabilityRXChecksumOffload
-	if e.caps.Checksum {
-		c |= stack.CapabilityTXChecksumOffload
-	}
-	return c
+// are. Checksum offload for sending is not declared: netstack would leave the checksum out of packets that carry no GSO options
+// and say so nowhere. Those that do carry them are offloaded all the same.
+func (*Endpoint) Capabilities() stack.LinkEndpointCapabilities {
+	return stack.CapabilityRXChecksumOffload
 }
 
 // GSOMaxSize implements stack.GSOEndpoint.
