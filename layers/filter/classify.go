@@ -17,22 +17,32 @@ type answer struct {
 //
 // Hot path: no allocation when the result is permit, no lock, no log.
 // Ownership: lends in.
-func (e *Engine) Classify(in *layers.Indication) layers.Decision {
-	t := e.tables[in.Layer].Load()
-	if t == nil {
-		return layers.Decision{Action: layers.Permit}
+func (e *Engine) Classify(in *layers.Indication) (d layers.Decision) {
+	if t := e.tables[in.Layer].Load(); t != nil {
+		t.classify(in, &d)
+	} else {
+		d.Action = layers.Permit
 	}
-	return t.classify(in)
+	return d
 }
 
-// classify walks the filters in order of evaluation. The sublayers lie one after the other: a verdict is merged and skips to
-// the next sublayer, no opinion goes on with the next filter.
-func (t *table) classify(in *layers.Indication) (d layers.Decision) {
+// classify prepares the walk and writes the decision. The room for lists is made, and cleared, only where it is used.
+func (t *table) classify(in *layers.Indication, d *layers.Decision) {
 	var fr frame
 	fr.load(&in.Values, t.addrs)
-	var room [inlineLists][]int32
-	cur := t.cursor(&in.Values, room[:0])
 	m := merger{right: true}
+	if t.index == nil {
+		t.walk(in, &fr, &cursor{linear: true}, &m, d)
+	} else {
+		var room [inlineLists][]int32
+		t.walk(in, &fr, &cursor{lists: t.index.collect(&in.Values, room[:0])}, &m, d)
+	}
+	m.finish(t, d)
+}
+
+// walk goes over the filters in order of evaluation. The sublayers lie one after the other: a verdict is merged and skips to the
+// next sublayer, no opinion goes on with the next filter.
+func (t *table) walk(in *layers.Indication, fr *frame, cur *cursor, m *merger, d *layers.Decision) {
 	for i := cur.next(0); i < len(t.filters); i = cur.next(i) {
 		f := &t.filters[i]
 		i++
@@ -52,16 +62,6 @@ func (t *table) classify(in *layers.Indication) (d layers.Decision) {
 			i = int(f.end)
 		}
 	}
-	m.finish(t, &d)
-	return d
-}
-
-// cursor finds the filters that may match.
-func (t *table) cursor(v *layers.Values, room [][]int32) cursor {
-	if t.index == nil {
-		return cursor{linear: true}
-	}
-	return cursor{lists: t.index.collect(v, room)}
 }
 
 // merger is the state that is carried from sublayer to sublayer. Source: "filter-arbitration".

@@ -64,6 +64,14 @@ type cursor struct {
 	linear bool
 }
 
+// cursor finds the filters that may match.
+func (t *table) cursor(v *layers.Values, room [][]int32) cursor {
+	if t.index == nil {
+		return cursor{linear: true}
+	}
+	return cursor{lists: t.index.collect(v, room)}
+}
+
 // next returns the first position not below i.
 //
 // Hot path.
