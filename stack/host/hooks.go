@@ -20,6 +20,11 @@ var _ stack.NFTablesInterface = hooks{}
 
 // CheckPrerouting implements stack.NFTablesInterface: a packet came from the device and its headers were parsed.
 func (h hooks) CheckPrerouting(pkt *stack.PacketBuffer, _ *stack.Route, af stack.AddressFamily) bool {
+	// Netstack takes the link's word for the checksum of the IPv4 header too.
+	if b := pkt.NetworkHeader().Slice(); af == stack.IP && len(b) >= header.IPv4MinimumSize && !header.IPv4(b).IsChecksumValid() {
+		h.s.counters.badChecksum.Add(1)
+		return false
+	}
 	return h.s.inboundIP(pkt, conv.HookFamily(af), false)
 }
 

@@ -86,6 +86,12 @@ func (s *Stack) show(e *event, pkt *stack.PacketBuffer, dir layers.Direction, fl
 		e.parts = append(e.parts, b[:len(b):len(b)])
 		size += len(b)
 	}
+	if dir == layers.Inbound && e.in.Layer.Kind() != layers.InboundIPPacket {
+		if whole := wholeHeader(ip, len(transport)+size); whole != nil {
+			ip = whole
+			e.in.Values.SetNum(layers.FieldFlags, uint64(e.in.Values.Flags()|layers.FlagIsReassembled))
+		}
+	}
 	v := layers.PacketView{
 		IPHeader: ip[:len(ip):len(ip)], TransportHeader: transport[:len(transport):len(transport)], Payload: e.parts, PayloadLen: size,
 		GSOSize: segmentSize(pkt, size), Direction: dir, Layer: e.in.Layer, Flow: flow, Ledger: s.opts.Ledger,
@@ -98,6 +104,50 @@ func (s *Stack) show(e *event, pkt *stack.PacketBuffer, dir layers.Direction, fl
 	m := &e.in.Meta
 	m.IPHeaderSize, m.TransportHeaderSize = len(ip), len(transport)
 	m.Mark(layers.MetaIPHeaderSize, layers.MetaTransportHeaderSize)
+}
+
+// wholeHeader returns the IP header that a reassembled packet would have had in one piece, nil for a packet that came so. Netstack
+// leaves an IPv4 header without its checksum, which was right when the fragment came, and an IPv6 one as that of a fragment.
+//
+// size is that of what follows the header. Units: bytes.
+func wholeHeader(ip []byte, size int) []byte {
+	switch {
+	case len(ip) >= header.IPv4MinimumSize && ip[0]>>4 == header.IPv4Version:
+		if header.IPv4(ip).IsChecksumValid() {
+			return nil
+		}
+		h := header.IPv4(append([]byte(nil), ip...))
+		h.SetChecksum(0)
+		h.SetChecksum(^h.CalculateChecksum())
+		return h
+	case len(ip) > header.IPv6MinimumSize && ip[0]>>4 == header.IPv6Version && hasFragmentHeader(ip):
+		h := withoutFragmentHeader(ip)
+		header.IPv6(h).SetPayloadLength(uint16(len(h) - header.IPv6MinimumSize + size))
+		return h
+	default:
+		return nil
+	}
+}
+
+// withoutFragmentHeader copies an IPv6 header with its extension headers, but for the fragment header.
+func withoutFragmentHeader(b []byte) []byte {
+	out := append([]byte(nil), b[:header.IPv6MinimumSize]...)
+	link, next, at := 6, b[6], header.IPv6MinimumSize // where the type of the next header is written
+	for at+8 <= len(b) {
+		size := 8
+		if header.IPv6ExtensionHeaderIdentifier(next) == header.IPv6FragmentExtHdrIdentifier {
+			out[link] = b[at]
+		} else {
+			size += int(b[at+1]) * 8
+			if at+size > len(b) {
+				break
+			}
+			link = len(out)
+			out = append(out, b[at:at+size]...)
+		}
+		next, at = b[at], at+size
+	}
+	return out
 }
 
 // segmentSize returns how many bytes of payload a wire segment of a super-packet has, 0 for a packet that is one segment.
