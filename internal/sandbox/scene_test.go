@@ -3,6 +3,7 @@ package sandbox
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -42,6 +43,7 @@ var scenes = map[string]func() error{
 	"limit user": limitScene("user"),
 	"limit net":  limitScene("net"),
 	"limit pid":  limitScene("pid"),
+	"limit proc": func() error { return unix.Mount("/dev/null", "/proc/version", "", unix.MS_BIND, "") },
 	"limit few": func() error {
 		return os.WriteFile("/proc/sys/user/max_net_namespaces", []byte("3"), 0)
 	},
@@ -148,9 +150,13 @@ func TestResolvConf(t *testing.T) {
 		if strings.Contains(out, "203.0.113.53") || strings.Contains(out, "io.systemd.Resolve") || strings.Contains(out, "nscd: socket") {
 			t.Errorf("the host's resolver is visible inside:\n%s", out)
 		}
-		// Root owns /etc of the scene and may write there, unless it was replaced.
+		// Who owns /etc of the scene may write there, unless it was replaced.
+		var st unix.Stat_t
+		if err := unix.Stat("/etc", &st); err != nil {
+			t.Fatal(err)
+		}
 		for _, f := range lines(out, "wrote ") {
-			if f != "/etc/new" || os.Getuid() != 0 {
+			if f != "/etc/new" || int(st.Uid) != os.Getuid() {
 				t.Errorf("the command wrote %s", f)
 			}
 		}
@@ -290,6 +296,23 @@ func TestNamespacesEnd(t *testing.T) {
 			if err := s.Close(); err != nil {
 				t.Fatal(err)
 			}
+		}
+	})
+}
+
+// TestMaskedProc runs where no private /proc is to be had, as in many containers: without a process namespace.
+func TestMaskedProc(t *testing.T) {
+	everyScene(t, []string{"limit proc"}, func(t *testing.T, _ string) {
+		var log strings.Builder
+		e, out := run(t, Config{
+			Command: sh(`test -r /proc/self/status && echo proc works; exit 6`),
+			Logger:  slog.New(slog.NewTextHandler(&log, nil)),
+		})
+		if e.Code != 6 || out != "proc works\n" {
+			t.Errorf("%v: %q", e, out)
+		}
+		if !strings.Contains(log.String(), "process namespace") {
+			t.Errorf("the log does not say it: %s", &log)
 		}
 	})
 }
