@@ -120,6 +120,13 @@ func (i *Injector) State(p *Packet) InjectionState {
 	}
 }
 
+// Claim marks a clone as injected by this injector. For a clone that is given to PendedOp.Complete: when it enters again, State
+// says InjectedBySelf, and the callout that pended it permits it.
+func (i *Injector) Claim(c *Clone) { c.mark = c.mark.By(i.id) }
+
+// Name returns the name of the injector.
+func (i *Injector) Name() string { return i.name }
+
 // Send injects a packet at the top of the outbound path; it is indicated at every outbound layer, to this injector's callout as
 // injected by self. done, which may be nil, runs exactly once with the result, unless Send returns an error.
 //

@@ -203,3 +203,24 @@ func TestInjectedCloneKeepsItsHistory(t *testing.T) {
 	}
 	b.drain(nil)
 }
+
+func TestClaimedCloneIsRecognised(t *testing.T) {
+	b := &backend{}
+	i, err := NewInjector("inspect", b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := newTestClone(t, nil)
+	i.Claim(c)
+	taken, err := c.Take("completion")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var p Packet
+	p.Lend(PacketView{State: taken.Mark})
+	if got := i.State(&p); got != InjectedBySelf || i.Name() != "inspect" {
+		t.Errorf("state %v, name %s", got, i.Name())
+	}
+	taken.Done()
+	i.Close()
+}

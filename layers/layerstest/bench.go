@@ -27,6 +27,7 @@ type Injection struct {
 type Completion struct {
 	Op    *layers.PendedOp
 	Clone []byte // the packet that was given with it, nil for none
+	Mark  layers.InjectionMark
 }
 
 // Bench stands in for the stack: it is a layers.Pender, a layers.InjectBackend and a layers.Recorder that keep what they are
@@ -269,7 +270,7 @@ func (b *Bench) completed(op *layers.PendedOp, c *layers.Clone) {
 		if err != nil {
 			b.t.Errorf("operation %d was completed with a clone that is gone: %v", op.ID(), err)
 		} else {
-			done.Clone = append([]byte(nil), taken.Bytes...)
+			done.Clone, done.Mark = append([]byte(nil), taken.Bytes...), taken.Mark
 			taken.Done()
 		}
 	}
