@@ -1,7 +1,7 @@
 // Package callouts says what a callout of ours looks like from outside: how it is named and configured, what it is given, and
 // how it is installed in an engine and removed again.
 //
-// It holds no callout: each has a folder of its own, and callouts/builtin lists them. Whoever writes a callout for a program of
+// It holds no callout: each has a folder of its own, and the program lists them in a Registry. Whoever writes a callout for a program of
 // his own needs nothing of this; layers.Callout and filter.Engine.Register are enough.
 //
 // First calls: ParseSpec, Registry.New, Instance.Install, Instance.Close.
