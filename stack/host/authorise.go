@@ -324,7 +324,7 @@ func (s *Stack) sweepConnection(f *flow, now time.Time) {
 	}
 	ep := s.endpoint(&f.key)
 	alive := ep != nil && s.socketOf(ep) == nil // a socket of ours here is the listener
-	if !alive && (f.state.Load() != flowAccepting || now.Sub(f.started) > handshakeTime) {
+	if !alive && (f.state.Load() != flowAccepting || f.reset.Load() || now.Sub(f.started) > handshakeTime) {
 		s.dropFlow(f)
 	}
 }

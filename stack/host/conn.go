@@ -88,36 +88,50 @@ func (c *Conn) Read(b []byte) (int, error) {
 	return n, c.opError("read", err)
 }
 
-// readLocked reads what is there.
+// readLocked reads what is there, until something comes of it.
 //
 // +checklocks:c.readMu
 func (c *Conn) readLocked(b []byte) (n int, wait again, err error) {
-	switch {
-	case len(c.ready) > 0:
-		return c.readyLocked(b), false, nil
-	case c.readErr != nil:
-		return 0, false, c.readErr
-	case c.isClosed():
-		return 0, false, net.ErrClosed
-	case c.readShut.Load():
-		return 0, false, io.EOF
-	}
-	w := tcpip.SliceWriter(b)
-	r, terr := c.sock.ep.Read(&w, tcpip.ReadOptions{})
-	switch terr.(type) {
-	case nil:
-		c.sock.ep.ModerateRecvBuf(r.Count)
-	case *tcpip.ErrWouldBlock:
-		return 0, true, nil
-	default:
-		c.readErr = c.endOfRead(terr)
-		if errors.Is(c.readErr, net.ErrClosed) {
+	for {
+		switch {
+		case len(c.ready) > 0:
+			return c.readyLocked(b), false, nil
+		case c.readErr != nil:
 			return 0, false, c.readErr
+		case c.isClosed():
+			return 0, false, net.ErrClosed
+		case c.readShut.Load():
+			return 0, false, io.EOF
+		case c.stream.stopped():
+			return 0, true, nil
+		}
+		w := tcpip.SliceWriter(b)
+		r, terr := c.sock.ep.Read(&w, tcpip.ReadOptions{})
+		switch terr.(type) {
+		case nil:
+			c.sock.ep.ModerateRecvBuf(r.Count)
+		case *tcpip.ErrWouldBlock:
+			return 0, true, nil
+		default:
+			c.readErr = c.endOfRead(terr)
+			if errors.Is(c.readErr, net.ErrClosed) {
+				return 0, false, c.readErr
+			}
+		}
+		if !c.stream.wanted() {
+			return r.Count, false, c.readErr
+		}
+		if c.editLocked(b[:r.Count]) {
+			return r.Count, false, nil
 		}
 	}
-	if !c.stream.wanted() {
-		return r.Count, false, c.readErr
-	}
+}
+
+// editLocked shows what was read, or the end of the stream, to the stream layer, and reports whether the bytes go on as they are.
+// What else goes on is ready afterwards.
+//
+// +checklocks:c.readMu
+func (c *Conn) editLocked(b []byte) (unchanged bool) {
 	var flags layers.StreamFlags
 	switch {
 	case c.readErr == io.EOF:
@@ -125,26 +139,13 @@ func (c *Conn) readLocked(b []byte) (n int, wait again, err error) {
 	case c.readErr != nil:
 		flags = layers.StreamAbort
 	}
-	return c.editedLocked(b, r.Count, flags)
-}
-
-// editedLocked shows n bytes in b, or the end of the stream, to the stream layer, and returns what it lets through.
-//
-// +checklocks:c.readMu
-func (c *Conn) editedLocked(b []byte, n int, flags layers.StreamFlags) (int, again, error) {
-	unchanged, out, err := c.stream.process(layers.Inbound, b[:n], flags)
-	switch {
-	case err != nil:
+	unchanged, out, err := c.stream.process(layers.Inbound, b, flags)
+	if err != nil {
 		c.readErr = err
-		return 0, false, err
-	case unchanged:
-		return n, false, nil
+		return false
 	}
 	c.ready = out
-	if len(c.ready) > 0 {
-		return c.readyLocked(b), false, nil
-	}
-	return 0, again(c.readErr == nil), c.readErr
+	return unchanged
 }
 
 // readyLocked gives out bytes that are ready.

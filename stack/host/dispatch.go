@@ -129,7 +129,7 @@ func (s *Stack) valid(g *segment) bool {
 
 // checksumValid verifies the transport checksum of a TCP segment or UDP datagram. Source: RFC 9293, 3.1; RFC 768; RFC 8200, 8.1.
 func checksumValid(g *segment) bool {
-	net := g.pkt.Network()
+	src, dst := conv.Address(g.t.remote.Addr()), conv.Address(g.t.local.Addr())
 	size := uint16(len(g.header) + g.pkt.Data().Size())
 	if g.t.proto == uint8(header.UDPProtocolNumber) {
 		u := header.UDP(g.header)
@@ -141,10 +141,10 @@ func checksumValid(g *segment) bool {
 		if payload != g.pkt.Data().Size() {
 			// Bytes behind the datagram are not part of it.
 			return checksum.Checksum(g.pkt.Data().AsRange().Capped(payload).ToSlice(),
-				checksum.Checksum(u, header.PseudoHeaderChecksum(header.UDPProtocolNumber, net.SourceAddress(), net.DestinationAddress(), size))) == 0xffff
+				checksum.Checksum(u, header.PseudoHeaderChecksum(header.UDPProtocolNumber, src, dst, size))) == 0xffff
 		}
 	}
-	sum := header.PseudoHeaderChecksum(tcpip.TransportProtocolNumber(g.t.proto), net.SourceAddress(), net.DestinationAddress(), size)
+	sum := header.PseudoHeaderChecksum(tcpip.TransportProtocolNumber(g.t.proto), src, dst, size)
 	return checksum.Combine(checksum.Checksum(g.header, sum), g.pkt.Data().Checksum()) == 0xffff
 }
 
@@ -201,6 +201,9 @@ func (s *Stack) inboundTCP(g *segment) bool {
 	g.x.flow, g.x.endpoint = f, f.endpoint
 	if !s.transport(g, false) {
 		return false
+	}
+	if flags.Contains(header.TCPFlagRst) && f.state.Load() == flowAccepting {
+		f.reset.Store(true)
 	}
 	if st := f.state.Load(); (st == flowConnecting || st == flowAccepting) && flags.Contains(header.TCPFlagAck) &&
 		!flags.Contains(header.TCPFlagRst) && f.completes(h.AckNumber()) {

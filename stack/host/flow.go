@@ -53,7 +53,7 @@ type flow struct {
 	// seen is when the last packet passed, in Unix nanoseconds.
 	seen              atomic.Int64
 	bytesOut, bytesIn atomic.Uint64
-	packetSeen        atomic.Bool // the end is queued to the worker already
+	reset             atomic.Bool // a reset came before the connection was established
 
 	// sock is the socket of the flow, nil for a connection that was not accepted yet and for ICMP.
 	sock atomic.Pointer[socket]

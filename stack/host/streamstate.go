@@ -24,6 +24,12 @@ type streamState struct {
 	// dropped says that the layer reset the connection.
 	// +checklocks:mu
 	dropped bool
+	// edited says by direction that the stream was changed, which is recorded once.
+	// +checklocks:mu
+	edited [2]bool
+	// deferred says that a callout stopped the inbound direction: nothing is read.
+	// +checklocks:mu
+	deferred bool
 }
 
 func (t *streamState) init(c *Conn) {
@@ -68,11 +74,15 @@ func (t *streamState) process(towards layers.Direction, data []byte, flags layer
 		s.abortLater(f)
 		return false, nil, os.NewSyscallError("stream", syscall.ECONNRESET)
 	}
+	if towards == layers.Inbound {
+		t.deferred = r.Deferred
+	}
 	if r.Unchanged {
 		return true, nil, nil
 	}
-	if r.Removed+r.Injected > 0 {
-		t.recordEdit(e, &x, &r)
+	if r.Removed+r.Injected > 0 && !t.edited[towards] {
+		t.edited[towards] = true
+		t.recordEdit(e, towards, &r)
 	}
 	for _, part := range r.Out {
 		out = append(out, part...)
@@ -80,11 +90,18 @@ func (t *streamState) process(towards layers.Direction, data []byte, flags layer
 	return false, out, nil
 }
 
+// stopped reports whether a callout stopped the inbound direction.
+func (t *streamState) stopped() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.deferred
+}
+
 // recordEdit writes down that a callout changed the stream.
-func (t *streamState) recordEdit(e *event, x *facts, r *stream.Result) {
+func (t *streamState) recordEdit(e *event, towards layers.Direction, r *stream.Result) {
 	s, f := t.c.sock.s, t.c.flow
 	s.opts.Recorder.Record(&layers.Record{
-		Time: s.opts.Clock(), Type: layers.RecordEdit, Layer: e.in.Layer, Flow: f.ID(), Direction: x.dir, Protocol: f.key.proto,
+		Time: s.opts.Clock(), Type: layers.RecordEdit, Layer: e.in.Layer, Flow: f.ID(), Direction: towards, Protocol: f.key.proto,
 		Local: f.key.local, Remote: f.key.remote, App: s.opts.App, PID: s.opts.PID,
 		Detail: fmt.Sprintf("removed %d bytes, injected %d", r.Removed, r.Injected),
 	})
