@@ -61,7 +61,7 @@ func TestParseSpecErrors(t *testing.T) {
 }
 
 // read asks for one parameter of each type.
-func read(text string) (err error, a netip.Addr, d time.Duration, b bool, port uint16, word string) {
+func read(text string) (a netip.Addr, d time.Duration, b bool, port uint16, word string, err error) {
 	s, err := ParseSpec(text)
 	if err != nil {
 		return
@@ -75,11 +75,11 @@ func read(text string) (err error, a netip.Addr, d time.Duration, b bool, port u
 }
 
 func TestReader(t *testing.T) {
-	err, a, d, b, port, word := read("x:remote=::ffff:192.0.2.1,find=a")
+	a, d, b, port, word, err := read("x:remote=::ffff:192.0.2.1,find=a")
 	if err != nil || a != netip.MustParseAddr("192.0.2.1") || d != time.Second || !b || port != 0 || word != "inline" {
 		t.Errorf("defaults: %v %v %v %v %v %v", err, a, d, b, port, word)
 	}
-	err, a, d, b, port, word = read("x:remote=fe80::1%eth0,delay=1m,block=0,remote_port=443,technique=oob,find=abcd")
+	a, d, b, port, word, err = read("x:remote=fe80::1%eth0,delay=1m,block=0,remote_port=443,technique=oob,find=abcd")
 	if err != nil || a.Zone() != "eth0" || d != time.Minute || b || port != 443 || word != "oob" {
 		t.Errorf("given: %v %v %v %v %v %v", err, a, d, b, port, word)
 	}
@@ -96,7 +96,7 @@ func TestReader(t *testing.T) {
 		{"x:remote=192.0.2.1,find=a,remote_port=70000", "callout x: remote_port=70000: not a number from 0 to 65535\n  x:remote=192.0.2.1,find=a,remote_port=70000\n                                        ^^^^^"},
 		{"x:remote=192.0.2.1,find=a,technique=inlin", `callout x: technique=inlin: unknown value "inlin" (did you mean "inline"?); allowed are inline, oob` + "\n  x:remote=192.0.2.1,find=a,technique=inlin\n                                      ^^^^^"},
 	} {
-		err, _, _, _, _, _ := read(tc.in)
+		_, _, _, _, _, err := read(tc.in)
 		if err == nil || err.Error() != tc.want || !errors.Is(err, layers.ErrInvalid) {
 			t.Errorf("%s:\n got %v\nwant %v", tc.in, err, tc.want)
 		}

@@ -9,14 +9,19 @@ import (
 
 // consumer counts what it is told and complains about a context that comes back twice.
 type consumer struct {
-	t      testing.TB
-	id     CalloutID
-	refuse error
+	id CalloutID
 
-	mu       sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
+	t testing.TB
+	// +checklocks:mu
+	refuse error
+	// +checklocks:mu
 	attached int
-	undone   int
-	back     map[any]int
+	// +checklocks:mu
+	undone int
+	// +checklocks:mu
+	back map[any]int
 }
 
 func (c *consumer) CalloutID() CalloutID { return c.id }

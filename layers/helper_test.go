@@ -37,8 +37,10 @@ func lend(p *Packet, b []byte, l *ledger.Ledger) {
 
 // backend is an InjectBackend whose completions the test runs.
 type backend struct {
-	mu      sync.Mutex
-	ids     [MaxInjectors + 1]bool
+	mu sync.Mutex
+	// +checklocks:mu
+	ids [MaxInjectors + 1]bool
+	// +checklocks:mu
 	queued  []queuedInjection
 	refuse  error
 	instant bool

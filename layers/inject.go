@@ -89,7 +89,8 @@ type Injector struct {
 	outstanding int
 	// +checklocks:mu
 	closing bool
-	idle    *sync.Cond
+	// +checklocks:mu
+	idle *sync.Cond
 }
 
 // NewInjector opens an injector on a stack.
@@ -101,6 +102,8 @@ func NewInjector(name string, b InjectBackend) (*Injector, error) {
 		return nil, fmt.Errorf("open injector %s: %w", name, err)
 	}
 	i := &Injector{name: name, id: id, backend: b}
+	i.mu.Lock()
+	defer i.mu.Unlock()
 	i.idle = sync.NewCond(&i.mu)
 	return i, nil
 }

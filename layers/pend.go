@@ -52,11 +52,12 @@ func (c PendCause) String() string {
 type PendedOp struct {
 	id       OperationID
 	layer    ID
-	entry    *ledger.Entry
 	complete func(*PendedOp, *Clone)
 	done     chan struct{}
 
 	mu sync.Mutex
+	// +checklocks:mu
+	entry *ledger.Entry
 	// +checklocks:mu
 	cause PendCause
 }

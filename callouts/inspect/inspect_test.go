@@ -23,8 +23,10 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // clock is a clock that the test turns.
 type clock struct {
-	mu     sync.Mutex
-	now    time.Time
+	mu sync.Mutex
+	// +checklocks:mu
+	now time.Time
+	// +checklocks:mu
 	timers []*timer
 }
 
@@ -56,10 +58,11 @@ func (c *clock) After(d time.Duration, f func()) func() bool {
 // advance turns the clock and runs what is due.
 func (c *clock) advance(d time.Duration) {
 	c.mu.Lock()
-	c.now = c.now.Add(d)
+	now := c.now.Add(d)
+	c.now = now
 	var due []*timer
 	c.timers = slices.DeleteFunc(c.timers, func(t *timer) bool {
-		if t.at.After(c.now) {
+		if t.at.After(now) {
 			return false
 		}
 		due = append(due, t)

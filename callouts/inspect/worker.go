@@ -61,7 +61,8 @@ func (i *Inspect) next() (it *item, wait time.Duration, end bool) {
 func (i *Inspect) expireLocked(now time.Time) {
 	if len(i.answers) > 2*MaxOperations {
 		// Those that were given lie behind one that nobody asks for.
-		i.answers = slices.DeleteFunc(i.answers, func(it *item) bool { return i.byOp[it.op.ID()] != it })
+		byOp := i.byOp
+		i.answers = slices.DeleteFunc(i.answers, func(it *item) bool { return byOp[it.op.ID()] != it })
 	}
 	for len(i.answers) > 0 {
 		it := i.answers[0]

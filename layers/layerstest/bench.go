@@ -38,8 +38,10 @@ type Bench struct {
 
 	t testing.TB
 
-	mu      sync.Mutex
-	changed chan struct{} // closed and replaced with every change; guarded by mu
+	mu sync.Mutex
+	// changed is closed and replaced with every change.
+	// +checklocks:mu
+	changed chan struct{}
 	// +checklocks:mu
 	injectors [layers.MaxInjectors + 1]string
 	// +checklocks:mu
