@@ -27,7 +27,7 @@ type Deps struct {
 	After func(d time.Duration, f func()) (stop func() bool)
 	// Logger is told what goes wrong; nil: silent.
 	Logger *slog.Logger
-	// Recorder takes what goes into the event stream; nil: nobody.
+	// Recorder takes what a callout adds to the event stream; the stack records verdicts, pends and edits itself. nil: nobody.
 	Recorder layers.Recorder
 	// Name names the instance, its sublayer, callouts and filters; "" is the callout's name. Two instances need two names.
 	Name string

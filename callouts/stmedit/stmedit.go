@@ -89,10 +89,8 @@ type Stmedit struct {
 
 // flowState is the context of one flow.
 type flowState struct {
-	local, remote netip.AddrPort
-	direction     layers.Direction
-	app           string
-	edits         [2]atomic.Uint64 // by where the bytes go
+	remote netip.AddrPort
+	edits  [2]atomic.Uint64 // by where the bytes go
 }
 
 // New makes an instance; nothing is installed yet.
@@ -176,7 +174,7 @@ func (e *Stmedit) Close() error {
 
 // selectFlow hangs a context on a flow that the filter chose.
 func (e *Stmedit) selectFlow(in *layers.Indication) layers.Verdict {
-	state := &flowState{local: in.Values.Local(), remote: in.Values.Remote(), direction: in.Values.Direction(), app: in.Values.AppID()}
+	state := &flowState{remote: in.Values.Remote()}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.closed {
@@ -232,7 +230,7 @@ func (c streamCallout) Classify(in *layers.Indication) layers.Verdict {
 }
 
 // FlowDeleted takes a context back and tells what was edited.
-func (c streamCallout) FlowDeleted(layer layers.ID, flow layers.FlowID, context any) {
+func (c streamCallout) FlowDeleted(_ layers.ID, flow layers.FlowID, context any) {
 	e := c.e
 	e.mu.Lock()
 	delete(e.flows, flow)
@@ -243,9 +241,6 @@ func (c streamCallout) FlowDeleted(layer layers.ID, flow layers.FlowID, context 
 		return
 	}
 	e.edited.Add(1)
-	if e.deps.Recorder != nil {
-		e.deps.Recorder.Record(&layers.Record{Time: e.deps.Clock(), Type: layers.RecordEdit, Layer: layer, Flow: flow, Direction: state.direction,
-			Protocol: tcp, Local: state.local, Remote: state.remote, App: state.app,
-			Detail: fmt.Sprintf("%s: %d replaced outbound, %d inbound", e.deps.Name, out, in)})
-	}
+	// The event stream has it from the stack, which records every edit where it is made.
+	e.deps.Logger.Debug("stmedit: flow ended", "flow", flow, "remote", state.remote, "outbound", out, "inbound", in)
 }

@@ -32,9 +32,10 @@ type Conn struct {
 
 // Result says what becomes of the bytes of a call.
 type Result struct {
-	// Unchanged says that the input goes on as it is, with nothing before it and nothing held back. The fast path.
+	// Unchanged says that the input goes on as it is, with nothing before it and nothing held back; Out is empty then. The fast
+	// path.
 	Unchanged bool
-	// Out is what goes on, in order. The slices are parts of the input, of held bytes, or of what callouts injected.
+	// Out is what goes on otherwise, in order. The slices are parts of the input, of held bytes, or of what callouts injected.
 	// Ownership: lent until the next call for the direction; what is part of the input, as long as that.
 	Out [][]byte
 	// Fin says that FIN goes on, after Out.
@@ -45,6 +46,8 @@ type Result struct {
 	Drop *layers.Decision
 	// Removed and Injected count the bytes that callouts took out and put in. Units: bytes.
 	Removed, Injected int
+	// Editor names the callout that did so first in this call, "" where nothing was changed.
+	Editor string
 	// Limit names the callout that held StreamBufferMax bytes and asked for more in vain, "" if none did.
 	Limit string
 }
@@ -126,7 +129,7 @@ func (c *Conn) begin(in *layers.Indication, towards layers.Direction) *direction
 	}
 	clear(d.out) // so that they keep no memory alive
 	d.out = d.out[:0]
-	d.removed, d.injected, d.finished, d.limit = 0, 0, false, ""
+	d.removed, d.injected, d.finished, d.limit, d.editor = 0, 0, false, "", ""
 	// Read before the filters, so that a change in between is seen next time.
 	if g := c.engine.Generation(in.Layer); !d.built || g != d.generation {
 		d.generation = g
@@ -149,8 +152,11 @@ func (c *Conn) finish(d *direction, data []byte) Result {
 		}
 		return Result{Drop: c.dropped, Limit: d.limit}
 	}
-	return Result{Out: d.out, Fin: d.finished, Deferred: d.deferred > 0, Removed: d.removed, Injected: d.injected, Limit: d.limit,
-		Unchanged: len(data) > 0 && len(d.out) == 1 && len(d.out[0]) == len(data) && &d.out[0][0] == &data[0]}
+	r := Result{Out: d.out, Fin: d.finished, Deferred: d.deferred > 0, Removed: d.removed, Injected: d.injected, Editor: d.editor, Limit: d.limit}
+	if len(data) > 0 && len(d.out) == 1 && len(d.out[0]) == len(data) && &d.out[0][0] == &data[0] {
+		r.Unchanged, r.Out = true, nil
+	}
+	return r
 }
 
 // drop resets the connection because of a stage, nil for the default. The first reason stays.

@@ -94,9 +94,12 @@ func (b *bench) unknown(callouts ...*scripted) {
 	}
 }
 
-// out joins what goes on.
-func out(r Result) string {
+// out joins what goes on; input is what came in.
+func out(r Result, input string) string {
 	s := string(bytes.Join(r.Out, nil))
+	if r.Unchanged {
+		s += input
+	}
 	if r.Fin {
 		s += "|FIN"
 	}
@@ -111,11 +114,11 @@ func out(r Result) string {
 
 // send shows bytes and returns what goes on.
 func (b *bench) send(data string, flags layers.StreamFlags) string {
-	return out(b.conn.Process(b.in, layers.Outbound, []byte(data), flags))
+	return out(b.conn.Process(b.in, layers.Outbound, []byte(data), flags), data)
 }
 
 func (b *bench) receive(data string, flags layers.StreamFlags) string {
-	return out(b.conn.Process(b.in, layers.Inbound, []byte(data), flags))
+	return out(b.conn.Process(b.in, layers.Inbound, []byte(data), flags), data)
 }
 
 func (b *bench) want(what, got, want string) {
@@ -133,13 +136,13 @@ const (
 func TestAllPermit(t *testing.T) {
 	b := newBench(t)
 	data := []byte("hello")
-	if r := b.conn.Process(b.in, layers.Outbound, data, 0); !r.Unchanged || out(r) != "hello" {
+	if r := b.conn.Process(b.in, layers.Outbound, data, 0); !r.Unchanged || r.Out != nil {
 		t.Errorf("no filters: %+v", r)
 	}
 	c1, c2 := &scripted{}, &scripted{}
 	b.unknown(c1, c2)
 	b.filter("plain", filter.ActionPermit)
-	if r := b.conn.Process(b.in, layers.Outbound, data, 0); !r.Unchanged || r.Removed+r.Injected != 0 {
+	if r := b.conn.Process(b.in, layers.Outbound, data, 0); !r.Unchanged || r.Removed+r.Injected != 0 || r.Editor != "" || r.Out != nil {
 		t.Errorf("two callouts and a permit: %+v", r)
 	}
 	b.receive("world", layers.StreamExpedited)
@@ -183,8 +186,8 @@ func TestReplace(t *testing.T) {
 	c2 := &scripted{}
 	b.unknown(c1, c2)
 	r := b.conn.Process(b.in, layers.Outbound, []byte("abcXXdef"), 0)
-	b.want("out", out(r), "abcNEWdef")
-	if r.Unchanged || r.Removed != 2 || r.Injected != 3 {
+	b.want("out", out(r, ""), "abcNEWdef")
+	if r.Unchanged || r.Removed != 2 || r.Injected != 3 || r.Editor != "stage 999" {
 		t.Errorf("%+v", r)
 	}
 	b.want("upper saw", c1.String(), "[abcXXdef 0x2 0][XXdef 0x2 0][def 0x2 0]")
@@ -236,8 +239,8 @@ func TestBufferLimit(t *testing.T) {
 	for range 20 {
 		r := b.conn.Process(b.in, layers.Inbound, chunk, 0)
 		in += len(chunk)
-		for _, o := range r.Out {
-			total += len(o)
+		if total += len(bytes.Join(r.Out, nil)); r.Unchanged {
+			total += len(chunk)
 		}
 		named += r.Limit
 		if b.conn.Held(layers.Inbound) > layers.StreamBufferMax {
@@ -315,7 +318,7 @@ func TestDefer(t *testing.T) {
 	b.unknown(c, other)
 	b.want("deferred", b.receive("ab", 0), "|DEFERRED")
 	b.want("what was under way", b.receive("cd", fin), "|DEFERRED")
-	again := func(id layers.CalloutID) string { return out(b.conn.Continue(b.in, layers.Inbound, id)) }
+	again := func(id layers.CalloutID) string { return out(b.conn.Continue(b.in, layers.Inbound, id), "") }
 	b.want("still busy", again(1), "|DEFERRED")
 	busy = false
 	b.want("a stranger continues", again(2), "|DEFERRED")

@@ -20,7 +20,7 @@ type direction struct {
 	out               [][]byte
 	removed, injected int
 	finished          bool // FIN came out at the bottom
-	limit             string
+	limit, editor     string
 }
 
 // stage is one filter and what it holds.
@@ -156,7 +156,7 @@ func (c *Conn) decide(d *direction, i int, data []byte, own bool, flags layers.S
 			return
 		}
 		for _, b := range a.inject {
-			d.injected += len(b)
+			d.changed(s, len(b), 0)
 			c.push(d, i+1, b, flags&layers.StreamExpedited)
 		}
 		n := a.enforce
@@ -186,7 +186,7 @@ func (c *Conn) decide(d *direction, i int, data []byte, own bool, flags layers.S
 			a.verdict.Action, n = layers.Permit, len(data)
 		}
 		if a.verdict.Action == layers.Block {
-			d.removed += n
+			d.changed(s, 0, n)
 			for j := i + 1; j < len(d.stages); j++ {
 				d.stages[j].missed += n
 			}
@@ -200,6 +200,15 @@ func (c *Conn) decide(d *direction, i int, data []byte, own bool, flags layers.S
 	}
 	// Nothing is kept for reuse: an idle connection holds no buffer, and the old bytes are on their way out.
 	s.held, s.wait = nil, 0
+}
+
+// changed counts bytes that a stage put in or took out.
+func (d *direction) changed(s *stage, injected, removed int) {
+	d.injected += injected
+	d.removed += removed
+	if d.editor == "" {
+		d.editor = s.filter.CalloutName
+	}
 }
 
 // keep holds bytes. The stage's own stay where they are: their front may be on its way out.
@@ -243,7 +252,7 @@ func (c *Conn) fin(d *direction, i int) {
 			return
 		}
 		for _, b := range a.inject {
-			d.injected += len(b)
+			d.changed(s, len(b), 0)
 			c.push(d, i+1, b, 0)
 		}
 		switch {
