@@ -168,7 +168,7 @@ func (s *side) drop(n int) {
 // pumpIn moves bytes from the host to the program.
 func (e *editor) pumpIn() {
 	f, r := e.f, &e.f.relay
-	for moved := 0; e.flushIn() && r.hostReadable && !e.in.read && !e.in.stopped; {
+	for moved := 0; e.flushIn() && r.hostReadable && !r.programReset && !e.in.read && !e.in.stopped; {
 		if moved >= pumpBudget {
 			f.l.markDirty(f)
 			return
@@ -177,7 +177,7 @@ func (e *editor) pumpIn() {
 		n, errno := sysRead(f.fd, buf)
 		switch {
 		case errno == 0 && n > 0:
-			r.hostReadable = n == len(buf)
+			r.hostReadable = n == len(buf) || r.hostEnding
 			r.bytesIn += uint64(n)
 			moved += n
 			if !e.process(&e.in, buf[:n], 0) {

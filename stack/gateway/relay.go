@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
@@ -22,11 +23,16 @@ import (
 // byte that arrived before it.
 type relay struct {
 	hostReadable bool // the socket may have data: an edge was seen since the last short read
+	hostEnding   bool // the socket has an end or an error behind its data, of which no edge will tell again
 	hostWritable bool // the socket may take data
 	outEnded     bool // the program's end of stream was passed on
+	outDrained   bool // the program was reset, and all that came before was written to the host
 	inEnded      bool // the host's end of stream was passed on
-	hostReset    bool // the host side was reset; what arrived before it is still to be delivered
+	hostReset    bool // the host side was reset, or has an error; what arrived before it is still to be delivered
+	programReset bool // the program's side was reset; the host gets what came before
 	bulk         bool // the last read from the host filled the scratch
+
+	hostErrno syscall.Errno // of a failed write to the host
 
 	kept    []byte // read from the host, but netstack had no room
 	written uint32 // bytes given to netstack, modulo 2^32
@@ -78,6 +84,12 @@ func (f *tcpFlow) noteHost(events uint32) {
 	if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
 		f.relay.hostReadable = true
 	}
+	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		f.relay.hostEnding = true
+	}
+	if events&unix.EPOLLERR != 0 && f.relay.inEnded {
+		f.relay.hostReset = true // there is no read any more that would find it
+	}
 	if events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
 		f.relay.hostWritable = true
 	}
@@ -99,8 +111,14 @@ func (f *tcpFlow) pump(l *loop) {
 	if f.state == stateOpen {
 		f.pumpIn(l)
 	}
-	if f.state == stateOpen && f.relay.outEnded && f.relay.inEnded {
+	if f.state != stateOpen || !f.relay.inEnded {
+		return
+	}
+	switch {
+	case f.relay.outEnded:
 		f.end()
+	case f.relay.hostReset:
+		f.resetProgramAfterData()
 	}
 }
 
@@ -148,6 +166,11 @@ func (f *tcpFlow) pumpOut(l *loop) {
 	r := &f.relay
 	if r.editor != nil {
 		r.editor.pumpOut()
+		return
+	}
+	if !r.hostWritable && !r.outEnded && f.programError() {
+		// The host takes nothing now, perhaps never again: it is not waited for longer than for data before any reset.
+		f.resetHost("program: connection reset")
 		return
 	}
 	for moved := 0; r.hostWritable && !r.outEnded; {
@@ -210,9 +233,22 @@ func (f *tcpFlow) endOut() {
 	}
 }
 
-// resetHostAfterData resets the host side once its kernel has delivered what was written.
+// resetHostAfterData resets the host side once its kernel has delivered what was written; netstack has nothing left.
 func (f *tcpFlow) resetHostAfterData(why string) {
-	f.whenDrained(func() bool { return sysUnsent(f.fd) == 0 }, func() { f.reset("program: " + why) })
+	f.relay.outDrained = true
+	f.resetHost("program: " + why)
+}
+
+// resetHost resets the host side once all that the program sent has been delivered there.
+func (f *tcpFlow) resetHost(why string) {
+	f.relay.programReset = true
+	f.whenDrained(func() bool { return f.relay.outDrained && sysUnsent(f.fd) == 0 }, func() { f.reset(why) })
+}
+
+// programError reports whether the program's side failed, which a read tells only when the host takes what precedes it.
+func (f *tcpFlow) programError() bool {
+	ep, ok := f.te.(*tcp.Endpoint)
+	return ok && ep.EndpointState() == tcp.StateError
 }
 
 // whenDrained runs fn as soon as drained holds, or after drainTime.
@@ -243,7 +279,7 @@ func (f *tcpFlow) hostWriteFailed(errno syscall.Errno) {
 		return
 	}
 	// The host side is gone for writing. What it sent before is still to be read; the read that follows finds the reset.
-	r.hostReset = true
+	r.hostReset, r.hostErrno = true, errno
 	r.hostReadable = true
 	r.detail = "host: " + errno.Error()
 }
@@ -285,7 +321,7 @@ func (f *tcpFlow) pumpIn(l *loop) {
 		r.editor.pumpIn()
 		return
 	}
-	for moved := 0; r.hostReadable && !r.inEnded; {
+	for moved := 0; r.hostReadable && !r.inEnded && !r.programReset; {
 		if moved >= pumpBudget {
 			l.markDirty(f)
 			return
@@ -321,10 +357,10 @@ func (f *tcpFlow) moveIn(l *loop) int {
 		f.hostStopped(errno)
 		return 0
 	}
-	r.hostReadable = n == len(s.buf)
-	r.bulk = r.hostReadable
+	r.bulk = n == len(s.buf)
+	r.hostReadable = r.bulk || r.hostEnding
 	s.reader.Reset(s.buf[:n])
-	if w := f.write(&s.reader); w < n && f.state == stateOpen {
+	if w := f.write(&s.reader); w < n {
 		r.kept = append(r.kept, s.buf[w:n]...)
 	}
 	return n
@@ -352,12 +388,13 @@ func (f *tcpFlow) flushKept() bool {
 	return true
 }
 
-// write gives netstack what it has room for, and resets the flow where it takes nothing for good.
+// write gives netstack what it has room for. Where it takes nothing for good, the host is reset after what the program sent.
 func (f *tcpFlow) write(p tcpip.Payloader) int {
 	n, err := f.ep.Write(p, tcpip.WriteOptions{Atomic: true})
 	f.relay.written += uint32(n)
 	if _, full := err.(*tcpip.ErrWouldBlock); err != nil && !full {
-		f.reset("program: " + err.String())
+		f.resetHost("program: " + err.String())
+		f.l.markDirty(f) // what it sent before may wait in netstack
 	}
 	return int(n)
 }
@@ -376,8 +413,11 @@ func (f *tcpFlow) hostStopped(errno syscall.Errno) {
 		r.detail = "host: " + errno.Error()
 		f.resetProgramAfterData()
 	case r.hostReset:
-		// An end of stream and then a reset: the program gets both, in this order.
-		f.endIn()
+		// The write that failed took the error, and so this looks like an end. It is one where the host had ended its stream
+		// before the reset, which the kernel tells by EPIPE: the program gets both then, in this order.
+		if r.hostErrno == syscall.EPIPE {
+			f.endIn()
+		}
 		f.resetProgramAfterData()
 	default:
 		f.endIn()
@@ -404,7 +444,7 @@ func (f *tcpFlow) resetProgramAfterData() {
 
 // acknowledged reports whether the program's kernel has all that was given to netstack.
 func (r *relay) acknowledged() bool {
-	return len(r.kept) == 0 && r.lastAck-r.firstAck == r.written
+	return len(r.kept) == 0 && int32(r.lastAck-r.firstAck-r.written) >= 0 // one more: it acknowledged the end of stream
 }
 
 // noteAck remembers what the program's kernel acknowledged.

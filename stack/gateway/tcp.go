@@ -440,6 +440,7 @@ func (f *tcpFlow) goSilent() {
 	f.l.stop(f.timer)
 	f.closeHost()
 	f.dropSYN()
+	f.countEmbryonic(-1) // nobody waits for it; it must not take the place of a connect that may succeed
 	f.state = stateSilent
 	f.timer = f.l.after(silentTime, f.end)
 }
@@ -570,8 +571,21 @@ func (f *tcpFlow) dialFailed(err error) {
 		f.goSilent() // the program's own SYN timer reports ETIMEDOUT
 		return
 	}
-	f.sendRefusal(errno)
+	f.sendRefusal(unreachableErrno(errno))
 	f.end()
+}
+
+// unreachableErrno is the errno that an answer can make the program's kernel report. A refusal says that the server answered; what
+// never got there, like a route that swallows (EINVAL), is unreachable.
+func unreachableErrno(errno syscall.Errno) syscall.Errno {
+	switch errno {
+	case syscall.ECONNREFUSED, syscall.ECONNRESET, syscall.ENETUNREACH, syscall.EACCES, syscall.EPERM:
+		return errno
+	case syscall.ENETDOWN, syscall.EADDRNOTAVAIL, syscall.EAFNOSUPPORT:
+		return syscall.ENETUNREACH
+	default:
+		return syscall.EHOSTUNREACH
+	}
 }
 
 func (g *Gateway) recordDialFailure(f *tcpFlow, errno syscall.Errno) {
@@ -585,7 +599,12 @@ func (f *tcpFlow) onReady(events uint32) {
 	switch f.state {
 	case stateDialing:
 		if events&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
-			if errno := socketError(f.fd); errno != 0 {
+			switch errno := socketError(f.fd); errno {
+			case 0:
+			case syscall.ECONNRESET, syscall.EPIPE:
+				// The server answered and then reset: the program's connect succeeds, and finds that next.
+				f.relay.hostReset, f.relay.hostErrno, f.relay.detail = true, errno, "host: "+errno.Error()
+			default:
 				f.dialFailed(errno)
 				return
 			}
@@ -733,6 +752,24 @@ func (f *tcpFlow) closeHost() {
 	}
 }
 
+// halfOpen returns netstack's endpoint of a handshake under way, nil if there is none. It is found by its address only once the
+// program has answered.
+func (f *tcpFlow) halfOpen() stack.TransportEndpoint {
+	if f.te != nil || f.state != stateHandshake {
+		return f.te
+	}
+	p := packet{local: f.who.local, remote: f.who.remote}
+	proto := header.IPv4ProtocolNumber
+	if f.who.family() == layers.V6 {
+		proto = header.IPv6ProtocolNumber
+	}
+	te := f.l.g.stack.FindTransportEndpoint(proto, tcp.ProtocolNumber, p.endpointID(), nicID)
+	if te == nil || f.l.g.isListener(te) {
+		return nil
+	}
+	return te
+}
+
 // reset ends the connection with a reset on both sides.
 func (f *tcpFlow) reset(why string) {
 	if f.state == stateGone {
@@ -745,7 +782,7 @@ func (f *tcpFlow) reset(why string) {
 	}
 	if f.ep != nil {
 		f.ep.Abort()
-	} else if ep, ok := f.te.(*tcp.Endpoint); ok {
+	} else if ep, ok := f.halfOpen().(*tcp.Endpoint); ok {
 		ep.Abort()
 	}
 	f.relay.detail = why
@@ -762,7 +799,7 @@ func (f *tcpFlow) end() {
 	f.endPend(layers.PendStopped)
 	f.dropSYN()
 	f.closeHost()
-	if f.state != stateOpen {
+	if f.state != stateOpen && f.state != stateSilent {
 		f.countEmbryonic(-1)
 	}
 	f.state = stateGone
