@@ -332,3 +332,8 @@ func indent(lines []string) string {
 	}
 	return b.String()
 }
+
+// silentBlock blocks a remote port without a refusal.
+func silentBlock(port uint16) filter.Filter {
+	return filter.Filter{Name: "drop", Action: filter.ActionBlock, Silent: true, Conditions: []filter.Condition{remotePort(port)}}
+}
