@@ -117,10 +117,10 @@ func (e *editor) pumpOut() {
 			}
 			continue
 		}
-		switch err.(type) {
-		case nil, *tcpip.ErrWouldBlock:
+		switch {
+		case isWouldBlock(err):
 			return
-		case *tcpip.ErrClosedForReceive:
+		case f.programEnded(err):
 			e.out.read = true
 			if !e.process(&e.out, nil, layers.StreamDisconnect) {
 				return

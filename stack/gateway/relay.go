@@ -32,7 +32,7 @@ type relay struct {
 	programReset bool // the program's side was reset; the host gets what came before
 	bulk         bool // the last read from the host filled the scratch
 
-	hostErrno syscall.Errno // of a failed write to the host
+	hostErrno syscall.Errno // with hostReset: the host side's first error
 
 	kept    []byte // read from the host, but netstack had no room
 	written uint32 // bytes given to netstack, modulo 2^32
@@ -212,14 +212,26 @@ func tcpModerate(ep tcpip.Endpoint, n int) {
 
 // programStopped acts on a read from netstack that gave nothing.
 func (f *tcpFlow) programStopped(err tcpip.Error) {
-	switch err.(type) {
-	case nil, *tcpip.ErrWouldBlock:
-	case *tcpip.ErrClosedForReceive:
+	switch {
+	case isWouldBlock(err):
+	case f.programEnded(err):
 		f.endOut()
 	default:
 		// What the program sent before its reset has been written; the host's kernel sends it before the reset.
 		f.resetHostAfterData(err.String())
 	}
+}
+
+func isWouldBlock(err tcpip.Error) bool {
+	_, would := err.(*tcpip.ErrWouldBlock)
+	return err == nil || would
+}
+
+// programEnded reports whether a read's error is the program's end of stream. Netstack tells of a reset once, to a write as well as
+// to a read, and then gives the same error for both.
+func (f *tcpFlow) programEnded(err tcpip.Error) bool {
+	_, closed := err.(*tcpip.ErrClosedForReceive)
+	return closed && !f.programError()
 }
 
 // endOut passes the program's end of stream on.
@@ -275,8 +287,8 @@ func (f *tcpFlow) whenDrained(drained func() bool, fn func()) {
 func (f *tcpFlow) hostWriteFailed(errno syscall.Errno) {
 	r := &f.relay
 	r.hostWritable = false
-	if errno == syscall.EAGAIN {
-		return
+	if errno == syscall.EAGAIN || r.hostReset {
+		return // or known already: only the first error tells what happened
 	}
 	// The host side is gone for writing. What it sent before is still to be read; the read that follows finds the reset.
 	r.hostReset, r.hostErrno = true, errno
@@ -409,7 +421,7 @@ func (f *tcpFlow) hostStopped(errno syscall.Errno) {
 			f.resetProgramAfterData()
 		}
 	case errno != 0:
-		r.hostReset = true
+		r.hostReset, r.hostErrno = true, errno
 		r.detail = "host: " + errno.Error()
 		f.resetProgramAfterData()
 	case r.hostReset:
