@@ -28,6 +28,7 @@ type datagramFlow struct {
 	raw    bool
 	op     *layers.PendedOp
 	used   time.Time
+	turn   uint64 // of the last receive
 	idle   time.Duration
 	timer  *timer
 	lru    *list.Element

@@ -205,27 +205,41 @@ func sysSendmsg(fd int, msg *unix.Msghdr) syscall.Errno {
 	}
 }
 
-// receive takes what the host sent and passes it to the program.
+// receive takes what the host sent and passes it to the program: one datagram, or a batch where they come in consecutive turns.
 func (f *datagramFlow) receive() {
 	s := &f.l.g.dgram
+	burst := f.l.turn-f.turn <= 1
+	f.turn = f.l.turn
+	if !burst {
+		n, errno := sysRead(f.fd, s.bufs[headroom:recvSlot])
+		if errno != 0 {
+			return // EAGAIN, or an error that the error queue explains
+		}
+		f.received(s.bufs[:recvSlot], n)
+		return
+	}
 	n, _, errno := syscall.RawSyscall6(unix.SYS_RECVMMSG, uintptr(f.fd), uintptr(unsafe.Pointer(&s.msgs[0])), recvBatch, unix.MSG_DONTWAIT, 0, 0)
 	if errno != 0 {
 		return // EAGAIN, or an error that the error queue explains
 	}
-	f.used = f.l.now
-	f.l.g.datagrams.lru.MoveToFront(f.lru)
 	for i := range int(n) {
-		slot := s.bufs[i*recvSlot : (i+1)*recvSlot]
-		f.bytesIn += uint64(s.msgs[i].len)
-		if f.who.proto == wire.UDP {
-			f.l.deliverUDP(f, slot, int(s.msgs[i].len))
-		} else {
-			f.deliverEcho(slot[headroom : headroom+int(s.msgs[i].len)])
-		}
+		f.received(s.bufs[i*recvSlot:(i+1)*recvSlot], int(s.msgs[i].len))
 		if f.fd < 0 {
 			return
 		}
 	}
+}
+
+// received passes one message of n bytes, behind the headroom of its slot, to the program.
+func (f *datagramFlow) received(slot []byte, n int) {
+	f.used = f.l.now
+	f.l.g.datagrams.lru.MoveToFront(f.lru)
+	f.bytesIn += uint64(n)
+	if f.who.proto == wire.UDP {
+		f.l.deliverUDP(f, slot, n)
+		return
+	}
+	f.deliverEcho(slot[headroom : headroom+n])
 }
 
 // deliverUDP builds the headers in front of a received datagram and writes it to the device, in fragments where it is longer

@@ -38,6 +38,8 @@ type loop struct {
 	polled  []pollable // by descriptor
 	events  []unix.EpollEvent
 	ready   []bool // by reader: the device may have packets
+	want    []int  // by reader: how many to read in one turn
+	turn    uint64 // counts turns
 
 	timers timerHeap
 	now    time.Time // of this turn
@@ -107,6 +109,7 @@ func (l *loop) watchDevice() error {
 		}
 		l.readers = append(l.readers, l.g.link.NewReader(q, readBatch))
 		l.ready = append(l.ready, true)
+		l.want = append(l.want, 1)
 		if err := l.epollAdd(q.FD(), unix.EPOLLIN, &deviceSource{l, i}); err != nil {
 			return err
 		}
@@ -114,10 +117,10 @@ func (l *loop) watchDevice() error {
 	return nil
 }
 
-// readBatch is how many packets one call reads; readsPerTurn how many such calls a turn makes before it looks after flows.
+// readBatch is how many packets one call reads at most, readTurn how many a turn reads before it looks after flows.
 const (
-	readBatch    = 4
-	readsPerTurn = 16
+	readBatch = 4
+	readTurn  = 64
 )
 
 type eventSource struct{ l *loop }
@@ -195,21 +198,24 @@ func (l *loop) run() {
 	defer close(l.done)
 	for !l.stopping {
 		l.now = l.g.clock()
-		busy := l.poll()
-		busy = l.readDevice() || busy
+		l.turn++
+		read := l.readDevice()
 		if l.err != nil {
 			break
 		}
-		if busy {
+		if read {
 			runtime.Gosched()
 		}
-		busy = l.runPosted() || busy
+		busy := l.runPosted()
 		busy = l.expireTimers() || busy
 		busy = l.acceptFlows() || busy
 		busy = l.pumpDirty() || busy
 		l.flushDatagrams()
-		if !busy && !l.spin() {
-			l.park()
+		switch {
+		case busy:
+			l.poll()
+		case !l.spin():
+			l.park() // which polls first
 		}
 	}
 	l.shutdown()
@@ -218,6 +224,9 @@ func (l *loop) run() {
 // poll collects the events that are there.
 func (l *loop) poll() bool {
 	n := sysEpollWait(l.epfd, l.events)
+	if n > 0 {
+		l.parked.Store(false) // what the events mark needs no wake-up
+	}
 	for _, ev := range l.events[:n] {
 		if p := l.polled[ev.Fd]; p != nil {
 			p.onReady(ev.Events)
@@ -226,26 +235,29 @@ func (l *loop) poll() bool {
 	return n > 0
 }
 
-// readDevice inputs what the device has, up to a bound, so that flows are served in between.
+// readDevice inputs what the device has, up to a bound, so that flows are served in between. It begins with one packet and
+// doubles while more keep coming: a lone packet then costs one read and not a second one that finds nothing.
 func (l *loop) readDevice() bool {
 	read := false
 	for i, r := range l.readers {
 		if !l.ready[i] {
+			l.want[i] = 1
 			continue
 		}
-		for range readsPerTurn {
-			n, err := r.TryRead(l.input)
+		l.ready[i] = false // epoll tells again while packets wait
+		for left := l.want[i]; left > 0; {
+			n, err := r.TryRead(left, l.input)
 			read = read || n > 0
-			if err == nil && n == readBatch {
-				continue
-			}
+			left -= n
 			if err != nil && !errors.Is(err, tun.ErrWouldBlock) {
 				l.deviceFailed(err)
 				return read
 			}
-			l.ready[i] = false
-			break
+			if err != nil || n == 0 {
+				break
+			}
 		}
+		l.want[i] = min(2*l.want[i], readTurn)
 	}
 	return read
 }
@@ -314,11 +326,12 @@ func (l *loop) park() {
 	}
 	first := true
 	_ = l.epConn.Read(func(uintptr) bool { // the only error is a closed loop, which stopping tells
-		if !first {
-			return true
+		events := l.poll()
+		if first {
+			first = false
+			return events
 		}
-		first = false
-		return l.poll()
+		return true
 	})
 }
 

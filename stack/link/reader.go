@@ -63,22 +63,25 @@ func (s *slot) take(size int) buffer.Buffer {
 	return b
 }
 
-// TryRead reads what the device has, at most a batch, without waiting, and hands each packet to deliver, which is lent the
-// packet. It returns how many packets it read; an error is tun.ErrWouldBlock when nothing is left, or why the device ended.
+// TryRead reads what the device has, at most max packets and a batch, without waiting, and hands each packet to deliver, which
+// is lent the packet. It returns how many packets it read; an error is tun.ErrWouldBlock when nothing is left, or why the device
+// ended.
 //
 // Hot path: no lock, no allocation besides the pooled packet buffers.
-func (r *Reader) TryRead(deliver func(*Received)) (int, error) {
-	return r.read(r.queue.TryRead, deliver)
+func (r *Reader) TryRead(max int, deliver func(*Received)) (int, error) {
+	return r.read(min(max, len(r.slots)), r.queue.TryRead, deliver)
 }
 
-// Read is TryRead, but waits for the first packet.
-func (r *Reader) Read(deliver func(*Received)) (int, error) { return r.read(r.queue.Read, deliver) }
+// Read is TryRead of a whole batch, but waits for the first packet.
+func (r *Reader) Read(deliver func(*Received)) (int, error) {
+	return r.read(len(r.slots), r.queue.Read, deliver)
+}
 
-func (r *Reader) read(read func([]tun.Packet) (int, error), deliver func(*Received)) (int, error) {
-	for i := range r.slots {
+func (r *Reader) read(max int, read func([]tun.Packet) (int, error), deliver func(*Received)) (int, error) {
+	for i := range r.slots[:max] {
 		r.pkts[i] = tun.Packet{Bufs: r.slots[i].prepare()}
 	}
-	n, err := read(r.pkts)
+	n, err := read(r.pkts[:max])
 	for i := range r.pkts[:n] {
 		r.deliver(&r.slots[i], &r.pkts[i], deliver)
 	}
