@@ -16,6 +16,7 @@ import (
 	"github.com/wfpstack/wfpstack/internal/identity"
 	"github.com/wfpstack/wfpstack/internal/names"
 	"github.com/wfpstack/wfpstack/internal/policy"
+	"github.com/wfpstack/wfpstack/internal/sandbox"
 	"github.com/wfpstack/wfpstack/tun"
 )
 
@@ -66,16 +67,13 @@ func newRun(std streams) *cobra.Command {
 	}
 	flags := cmd.Flags()
 	f.common.register(flags)
-	flags.StringVar(&f.tun, "tun", sandboxTUN, "`NAME` of the device to make or take over")
+	flags.StringVar(&f.tun, "tun", sandbox.DefaultTUNName, "`NAME` of the device to make or take over")
 	flags.StringVar(&f.netns, "netns", "", "network namespace of the device: a `NAME` of ip netns, or a path")
 	flags.StringArrayVar(&f.addresses, "address", nil, "the device's `ADDRESS/LEN`, one for each family; the stack has the first other one of the prefix (default what the device has, else 198.18.0.2/24 and fd77::2/64)")
 	flags.BoolVar(&f.autoRoute, "auto-route", false, "make the device the default route of the namespace (needs --netns)")
 	flags.Uint32Var(&f.mark, "mark", 0, "set the firewall mark `N` on all connections of the stack to the host's network")
 	return cmd
 }
-
-// sandboxTUN is the name that the device has in exec as well.
-const sandboxTUN = "wfp0"
 
 // daemon is a run.
 type daemon struct {
@@ -186,7 +184,11 @@ func (d *daemon) openDevice() error {
 	case len(present) == 0:
 		d.configure, d.optional = []netip.Prefix{d.network.program4}, []netip.Prefix{d.network.program6}
 	}
-	if d.device, err = tun.Open(tun.Options{Name: f.tun, MTU: f.common.mtu}); err != nil {
+	mtu := f.common.mtu
+	if mtu == 0 && len(present) == 0 {
+		mtu = sandbox.DefaultMTU // what an administrator has set up keeps its own
+	}
+	if d.device, err = tun.Open(tun.Options{Name: f.tun, MTU: mtu}); err != nil {
 		return err
 	}
 	if d.diag, err = identity.NewFile(); err != nil {
