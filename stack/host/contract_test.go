@@ -16,6 +16,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
+	"github.com/wfpstack/wfpstack/internal/need"
 	"github.com/wfpstack/wfpstack/internal/wire"
 	"github.com/wfpstack/wfpstack/layers"
 	"github.com/wfpstack/wfpstack/layers/filter"
@@ -327,6 +328,9 @@ func TestContractT17HeldClonesDoNotFillTheSendBuffer(t *testing.T) {
 
 // TestPermitAllocatesNothing: the packet layers, with a filter at each that has something to compare.
 func TestPermitAllocatesNothing(t *testing.T) {
+	if need.Race {
+		t.Skip("the race detector lets sync.Pool forget at random")
+	}
 	eachFamily(t, func(t *testing.T, f family) {
 		a, _ := pair(t, pairOptions{quiet: true})
 		for _, kind := range []layers.Kind{layers.OutboundTransport, layers.DatagramData, layers.InboundTransport} {

@@ -146,7 +146,7 @@ func (s *Stack) resolve(ctx context.Context, t *target) (addrs []netip.Addr, nam
 		notFound.Err = "names cannot be looked up: set Options.Lookup, or dial an address"
 		return nil, "", notFound
 	}
-	found, err := s.opts.Lookup(ctx, t.host)
+	found, err := s.lookup(ctx, t.host)
 	if err != nil {
 		return nil, "", err
 	}
@@ -159,6 +159,25 @@ func (s *Stack) resolve(ctx context.Context, t *target) (addrs []netip.Addr, nam
 		return nil, "", notFound
 	}
 	return addrs, t.host, nil
+}
+
+// lookup resolves a name, until the stack closes.
+func (s *Stack) lookup(ctx context.Context, name string) ([]netip.Addr, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	// Owner: this call, whose end cancels ctx.
+	go func() {
+		select {
+		case <-s.closing:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	addrs, err := s.opts.Lookup(ctx, name)
+	if err != nil && s.isClosing() {
+		return nil, errClosing
+	}
+	return addrs, err
 }
 
 // loopbackOf returns the loopback address of an address's family.

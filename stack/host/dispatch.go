@@ -189,7 +189,7 @@ func (s *Stack) inboundTCP(g *segment) bool {
 	flags := h.Flags()
 	opening := flags.Contains(header.TCPFlagSyn) && !flags.Contains(header.TCPFlagAck) && !flags.Contains(header.TCPFlagRst)
 	f := s.flows.get(&g.t)
-	if opening && (f == nil || f.state.Load() == flowClosed && s.reusable(&g.t)) {
+	if opening && s.begins(f, g) {
 		return s.inboundSYN(g)
 	}
 	if f == nil {
@@ -212,6 +212,21 @@ func (s *Stack) inboundTCP(g *segment) bool {
 	return true
 }
 
+// begins reports whether a SYN asks for a new connection, given the flow of its tuple. A retransmission does not, nor one that
+// netstack gives to the connection that is there. What is left of an old flow then ends.
+func (s *Stack) begins(f *flow, g *segment) bool {
+	switch {
+	case f == nil:
+		return true
+	case !s.reusable(&g.t):
+		return false
+	case f.state.Load() == flowAccepting && f.isn == header.TCP(g.header).SequenceNumber():
+		return false // netstack has answered with a cookie, or not at all
+	}
+	s.dropFlow(f)
+	return true
+}
+
 // inboundSYN deals with the request for a new connection.
 func (s *Stack) inboundSYN(g *segment) bool {
 	l := s.listenerOf(&g.t)
@@ -226,6 +241,7 @@ func (s *Stack) inboundSYN(g *segment) bool {
 		return false
 	}
 	f := s.newFlow(g.t, layers.Inbound, flowAccepting, l.id)
+	f.isn = header.TCP(g.header).SequenceNumber()
 	return s.enter(f, true)
 }
 
@@ -318,13 +334,17 @@ func (s *Stack) listenerOf(t *tuple) *socket {
 	return sock
 }
 
-// reusable reports whether netstack would take a new connection for the tuple of a closed one: its endpoint is gone, or in
-// TIME_WAIT, from where a SYN is passed to the listener.
+// reusable reports whether netstack would take a new connection for a tuple that had one: its endpoint is gone, so that the
+// listener is found in its place, or in TIME_WAIT, from where a SYN is passed to the listener.
 func (s *Stack) reusable(t *tuple) bool {
-	ep := s.endpoint(t)
-	if ep == nil || s.socketOf(ep) == s.listenerOf(t) && s.listenerOf(t) != nil {
+	ep, ok := s.endpoint(t).(*tcp.Endpoint)
+	if !ok {
 		return true
 	}
-	e, ok := ep.(*tcp.Endpoint)
-	return ok && e.EndpointState() == tcp.StateTimeWait
+	switch ep.EndpointState() {
+	case tcp.StateListen, tcp.StateTimeWait, tcp.StateClose, tcp.StateError:
+		return true
+	default:
+		return false
+	}
 }

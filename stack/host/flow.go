@@ -45,6 +45,7 @@ type flow struct {
 	started  time.Time
 	name     string // by which the program named the remote, "" for an address
 	endpoint uint64 // endpoint handle, of the listener until the connection was accepted
+	isn      uint32 // of the SYN that began it, where the remote did
 
 	state   atomic.Uint32
 	refused atomic.Bool // flow established was blocked
@@ -117,6 +118,18 @@ func (t *flowTable) claim(f *flow) {
 	t.mu.Lock()
 	delete(t.unclaimed, f)
 	t.mu.Unlock()
+}
+
+// unclaimedOf returns the connections that wait for an Accept of the listener with an endpoint handle.
+func (t *flowTable) unclaimedOf(endpoint uint64) (out []*flow) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	for f := range t.unclaimed {
+		if f.endpoint == endpoint {
+			out = append(out, f)
+		}
+	}
+	return out
 }
 
 // remove takes a flow out, if it is still the one of its tuple.

@@ -38,6 +38,14 @@ func eachFamily(t *testing.T, f func(t *testing.T, f family)) {
 	}
 }
 
+// eachFamilyAtOnce is eachFamily for tests that mostly wait.
+func eachFamilyAtOnce(t *testing.T, f func(t *testing.T, f family)) {
+	eachFamily(t, func(t *testing.T, fam family) {
+		t.Parallel()
+		f(t, fam)
+	})
+}
+
 // side is one stack of a pair, with what it was asked and what it recorded.
 type side struct {
 	*Stack

@@ -290,3 +290,39 @@ func TestSilentConnectTimesOut(t *testing.T) {
 		}
 	}
 }
+
+// TestASecondSYNIsAuthorisedAgain: a client that gave up while its SYN was answered, and comes again with another sequence number,
+// is another connection; the same SYN again is not.
+func TestASecondSYNIsAuthorisedAgain(t *testing.T) {
+	eachFamily(t, func(t *testing.T, f family) {
+		a, _ := pair(t, pairOptions{})
+		l := a.listen(t, "tcp", netip.AddrPortFrom(f.a, 80).String())
+		src, dst := netip.AddrPortFrom(f.other, 4000), netip.AddrPortFrom(f.a, 80)
+		inject := func(seq, ack uint32, flags byte) {
+			if err := a.dev.Inject(tcpPacket(src, dst, seq, ack, flags), noOffload); err != nil {
+				t.Fatal(err)
+			}
+			settle(t, a)
+		}
+		asked := func() int { return len(a.log.indications(layers.ALEAuthRecvAccept)) }
+		inject(1000, 0, flagSYN)
+		inject(1000, 0, flagSYN)
+		if n := asked(); n != 1 {
+			t.Errorf("asked %d times about one SYN", n)
+		}
+		inject(1001, 0, flagRST)
+		tp := tuple{proto: protoTCP, local: dst, remote: src}
+		eventually(t, "netstack forgets the connection", func() bool { return a.reusable(&tp) })
+		inject(5000, 0, flagSYN)
+		if n := asked(); n != 2 {
+			t.Errorf("asked %d times about two SYNs", n)
+		}
+		if n := a.Stats().Flows; n != 1 {
+			t.Errorf("%d flows, want 1", n)
+		}
+		l.Close()
+		if n := a.Stats().Flows; n != 0 {
+			t.Errorf("%d flows after the listener was closed", n)
+		}
+	})
+}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
 	"sync"
 	"syscall"
@@ -234,7 +235,7 @@ func TestKernelConnPassesNettest(t *testing.T) {
 // TestKernelClientOfAPendedAccept: permitted later the kernel's client is connected, blocked later it is refused, and a client that
 // gave up leaves nothing behind.
 func TestKernelClientOfAPendedAccept(t *testing.T) {
-	eachFamily(t, func(t *testing.T, f family) {
+	eachFamilyAtOnce(t, func(t *testing.T, f family) {
 		k := newKernel(t, tun.Options{})
 		s := k.stackOn(t, pairOptions{})
 		p := newPendCallout(t)
@@ -277,6 +278,38 @@ func TestKernelClientOfAPendedAccept(t *testing.T) {
 		if op.Cause() != layers.PendAbandoned || s.Stats().Pending != 0 {
 			t.Errorf("cause %v, %d pended", op.Cause(), s.Stats().Pending)
 		}
+	})
+}
+
+// TestSoakMinutesOfPend: a kernel's client waits as long as it retransmits. It takes two minutes, so that it runs in the soak only.
+func TestSoakMinutesOfPend(t *testing.T) {
+	if os.Getenv("WFPSTACK_SOAK") == "" {
+		t.Skip("takes 100 s: set WFPSTACK_SOAK=1")
+	}
+	eachFamilyAtOnce(t, func(t *testing.T, f family) {
+		k := newKernel(t, tun.Options{})
+		s := k.stackOn(t, pairOptions{quiet: true})
+		p := newPendCallout(t)
+		s.callout(t, layers.ALEAuthRecvAccept, "ask", p.Classify)
+		l := s.listen(t, "tcp", netip.AddrPortFrom(f.a, 80).String())
+		ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
+		defer cancel()
+		begun := time.Now()
+		ch := make(chan accepted, 1) // the one result
+		go func() { c, err := k.dialAsync(ctx, l.Addr()); ch <- accepted{c, err} }()
+		op := p.wait(0)
+		select {
+		case <-op.Done():
+			t.Fatalf("ended as %v after %v", op.Cause(), time.Since(begun))
+		case <-time.After(100 * time.Second):
+		}
+		p.complete(0, layers.PermitHard())
+		r := <-ch
+		if r.err != nil {
+			t.Fatalf("dial after %v: %v", time.Since(begun), r.err)
+		}
+		t.Logf("connected after %v, %d retransmissions absorbed", time.Since(begun).Round(time.Millisecond), s.Stats().PendAbsorbed)
+		r.c.Close()
 	})
 }
 
@@ -370,7 +403,7 @@ func TestKernelSeesARefusedDatagram(t *testing.T) {
 	})
 }
 
-// TestKernelClosedPortAndUnreachable: what the kernel answers reaches the program as its error number.
+// TestKernelClosedPort: what the kernel answers reaches the program as its error number.
 func TestKernelClosedPort(t *testing.T) {
 	eachFamily(t, func(t *testing.T, f family) {
 		k := newKernel(t, tun.Options{})

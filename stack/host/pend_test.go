@@ -230,7 +230,7 @@ func TestPendStopsWithTheStack(t *testing.T) {
 }
 
 func TestPendAccept(t *testing.T) {
-	eachFamily(t, func(t *testing.T, f family) {
+	eachFamilyAtOnce(t, func(t *testing.T, f family) {
 		for _, c := range []struct {
 			name    string
 			verdict layers.Verdict

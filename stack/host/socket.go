@@ -242,6 +242,9 @@ func (k *socket) close() bool {
 	if conn != nil || k.parent == 0 {
 		k.closure(t)
 	}
+	if conn == nil && k.proto == protoTCP {
+		flows = k.s.flows.unclaimedOf(k.id) // netstack has reset them
+	}
 	for _, f := range flows {
 		k.s.dropFlow(f)
 	}
