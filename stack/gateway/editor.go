@@ -72,7 +72,7 @@ func (e *editor) process(s *side, data []byte, flags layers.StreamFlags) bool {
 	if !s.edited && r.Removed+r.Injected > 0 {
 		s.edited = true
 		g.record(layers.RecordEdit, in.Layer, &f.who, nil, func(rec *layers.Record) {
-			rec.Direction, rec.Detail = s.towards, fmt.Sprintf("removed %d, injected %d bytes", r.Removed, r.Injected)
+			rec.Direction, rec.Detail = s.towards, fmt.Sprintf("%s removed %d, injected %d bytes", r.Editor, r.Removed, r.Injected)
 		})
 	}
 	return true
