@@ -32,7 +32,7 @@ type Config struct {
 	Command []string
 	// Env is the command's environment; nil means this process's own.
 	Env []string
-	// Dir is the command's working directory; empty means this process's own.
+	// Dir is the command's working directory; empty means this process's own, also where the command may not enter it.
 	Dir string
 	// Stdin is the command's standard input; nil is /dev/null.
 	//
@@ -83,10 +83,6 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Env == nil {
 		c.Env = os.Environ()
-	}
-	if c.Dir == "" {
-		// An error leaves it empty: the command then starts where we are, even if that folder is deleted.
-		c.Dir, _ = os.Getwd()
 	}
 	if c.TUNName == "" {
 		c.TUNName = DefaultTUNName
@@ -159,9 +155,11 @@ func (c *Config) defaultAddresses() error {
 // spec is what the parent tells init, as JSON in a memory file: arguments and environment would be seen by everybody
 // and are limited in size.
 type spec struct {
-	Command         []string
-	Env             []string
-	Dir             string
+	Command []string
+	Env     []string
+	Dir     string
+	// Here is where the parent is; the command stays there if it is given no Dir.
+	Here            string
 	TUNName         string
 	MTU             int
 	Queues          int
@@ -191,8 +189,10 @@ type inheritedFile struct {
 
 // spec returns the part of c that init needs.
 func (c Config) spec() spec {
+	// An error leaves it empty, as when that folder is deleted.
+	here, _ := os.Getwd()
 	return spec{
-		Command: c.Command, Env: c.Env, Dir: c.Dir,
+		Command: c.Command, Env: c.Env, Dir: c.Dir, Here: here,
 		TUNName: c.TUNName, MTU: c.MTU, Queues: c.Queues,
 		Address4: c.Address4, Address6: c.Address6, Gateway4: c.Gateway4, Gateway6: c.Gateway6,
 		ResolvConf: c.ResolvConf, HideSockets: c.HideSockets, HidePaths: c.HidePaths, KillDescendants: c.KillDescendants,

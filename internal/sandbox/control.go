@@ -17,18 +17,16 @@ type opcode byte
 const (
 	opRelease  opcode = 'g' // start the command
 	opSignal   opcode = 's' // forward a signal to the command, unless it has it already: signalBody
-	opState    opcode = 'q' // is the command stopped? Answered with opStopState
 	opContinue opcode = 'c' // continue the command if it is stopped
 )
 
 // What init says.
 const (
-	opReady     opcode = 'R' // set up; carries the descriptors: readyBody
-	opFailed    opcode = 'E' // setting up or starting failed: failure
-	opStarted   opcode = 'S' // the command runs
-	opExited    opcode = 'X' // the command ended: Exit
-	opStopped   opcode = 'T' // the command stopped: signalBody
-	opStopState opcode = 'Q' // answer to opState: stateBody
+	opReady   opcode = 'R' // set up; carries the descriptors: readyBody
+	opFailed  opcode = 'E' // setting up or starting failed: failure
+	opStarted opcode = 'S' // the command runs: startedBody
+	opExited  opcode = 'X' // the command ended: Exit
+	opStopped opcode = 'T' // the command stopped: signalBody
 )
 
 // maxMessage bounds a message between parent and init.
@@ -38,13 +36,16 @@ const maxMessage = 64 << 10
 
 // Descriptor numbers that init finds.
 const (
-	controlFD = 3
-	specFD    = 4
+	controlFD        = 3
+	specFD           = 4
+	firstInheritedFD = 5
 )
 
 type signalBody struct{ Signal int }
 
-type stateBody struct{ Stopped bool }
+// startedBody has the command's number where it is the same on both sides; otherwise it comes as the message's
+// credentials, which the kernel translates.
+type startedBody struct{ PID int }
 
 // readyBody describes the descriptors that come with opReady: the queues first, then the monitor, then the diag socket.
 type readyBody struct {
@@ -95,6 +96,12 @@ func newPair() (ours peer, theirs *os.File, err error) {
 		_ = unix.Close(fds[1])
 		return peer{}, nil, fmt.Errorf("socketpair: %w", err)
 	}
+	// For the number that comes with opStarted.
+	if err := unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_PASSCRED, 1); err != nil {
+		_ = unix.Close(fds[0])
+		_ = unix.Close(fds[1])
+		return peer{}, nil, fmt.Errorf("socketpair: %w", err)
+	}
 	return peer{os.NewFile(uintptr(fds[0]), "sandbox")}, os.NewFile(uintptr(fds[1]), "sandbox-init"), nil
 }
 
@@ -112,15 +119,26 @@ func (p peer) send(op opcode, body any) error {
 	return nil
 }
 
-// receive waits for one message. An empty one is the other side's end.
+// message is what came from init. An empty body is init's end.
+type message struct {
+	body []byte
+	// files came with it.
+	//
+	// Ownership: gives.
+	files []*os.File
+	// pid is the process that it is about, as seen from here; 0 if it says none.
+	pid int
+}
+
+// receive waits for one message.
 //
-// Ownership: gives the files.
-func (p peer) receive(buf []byte) (msg []byte, files []*os.File, err error) {
+// Ownership: gives the message, whose body lies in buf.
+func (p peer) receive(buf []byte) (message, error) {
 	raw, err := p.f.SyscallConn()
 	if err != nil {
-		return nil, nil, err
+		return message{}, err
 	}
-	oob := make([]byte, unix.CmsgSpace((MaxQueues+2)*4))
+	oob := make([]byte, unix.CmsgSpace((MaxQueues+2)*4)+unix.CmsgSpace(unix.SizeofUcred))
 	var n, oobn int
 	var rerr error
 	err = raw.Read(func(fd uintptr) bool {
@@ -135,34 +153,35 @@ func (p peer) receive(buf []byte) (msg []byte, files []*os.File, err error) {
 		err = rerr
 	}
 	if err != nil {
-		return nil, nil, err
+		return message{}, err
 	}
-	files, err = receivedFiles(oob[:oobn])
-	return buf[:n], files, err
+	m := message{body: buf[:n]}
+	return m, m.control(oob[:oobn])
 }
 
-// receivedFiles takes the descriptors out of a control message.
-//
-// Ownership: gives the files.
-func receivedFiles(oob []byte) ([]*os.File, error) {
+// control takes the descriptors and the process number out of the control messages.
+func (m *message) control(oob []byte) error {
 	if len(oob) == 0 {
-		return nil, nil
+		return nil
 	}
 	cmsgs, err := unix.ParseSocketControlMessage(oob)
 	if err != nil {
-		return nil, fmt.Errorf("control message: %w", err)
+		return fmt.Errorf("control message: %w", err)
 	}
-	var files []*os.File
 	for i := range cmsgs {
+		if cred, err := unix.ParseUnixCredentials(&cmsgs[i]); err == nil {
+			m.pid = int(cred.Pid)
+			continue
+		}
 		fds, err := unix.ParseUnixRights(&cmsgs[i])
 		if err != nil {
-			continue // another kind of control message
+			return fmt.Errorf("control message: %w", err)
 		}
 		for _, fd := range fds {
-			files = append(files, os.NewFile(uintptr(fd), "sandbox-fd"))
+			m.files = append(m.files, os.NewFile(uintptr(fd), "sandbox-fd"))
 		}
 	}
-	return files, nil
+	return nil
 }
 
 // initSend writes one message from init, with descriptors where it has any. It blocks until there is room: the parent
@@ -176,6 +195,24 @@ func initSend(op opcode, body any, fds ...int) error {
 	if len(fds) > 0 {
 		oob = unix.UnixRights(fds...)
 	}
+	return sendControl(msg, oob)
+}
+
+// initSendStarted says that the command runs as process pid.
+func initSendStarted(s *spec, pid int) error {
+	if !s.PIDNamespace {
+		// The number is the same outside, and the right to name another process than ourselves is not ours.
+		return initSend(opStarted, startedBody{PID: pid})
+	}
+	msg, err := encode(opStarted, startedBody{})
+	if err != nil {
+		return err
+	}
+	return sendControl(msg, unix.UnixCredentials(&unix.Ucred{Pid: int32(pid), Uid: uint32(os.Getuid()), Gid: uint32(os.Getgid())}))
+}
+
+// sendControl sends a message and its control message.
+func sendControl(msg, oob []byte) error {
 	for {
 		err := unix.Sendmsg(controlFD, msg, oob, nil, unix.MSG_NOSIGNAL)
 		if err != unix.EINTR {

@@ -21,8 +21,6 @@ type initProcess struct {
 	command *commandThread
 	// pid is the command's, 0 before it runs and after it ended.
 	pid int
-	// stopped says that the command is stopped.
-	stopped bool
 	// seen is when each signal reached the process group, or this process from outside.
 	seen [65]sightings
 	// early are the signals that came before the command ran.
@@ -178,10 +176,8 @@ func (i *initProcess) handle(msg []byte) error {
 		}
 		i.forward(syscall.Signal(body.Signal))
 		return nil
-	case opState:
-		return initSend(opStopState, stateBody{Stopped: i.isStopped()})
 	case opContinue:
-		if i.isStopped() {
+		if i.pid != 0 && stateOf(i.pid) == 'T' {
 			_ = unix.Kill(i.pid, unix.SIGCONT)
 		}
 		return nil
@@ -217,9 +213,13 @@ func (i *initProcess) release() error {
 		}
 	}
 	closeStandardFiles(i.spec.Inherited)
+	// Before anybody reaps it: the kernel translates the number of a process that is there, dead or alive.
+	if err := initSendStarted(i.spec, pid); err != nil {
+		return fmt.Errorf("tell the command's number: %w", err)
+	}
 	// Owner: this process. It ends with the last child.
 	go i.reap()
-	return initSend(opStarted, nil)
+	return nil
 }
 
 // ring wakes serve.
@@ -232,7 +232,7 @@ func (i *initProcess) ring() {
 func (i *initProcess) reap() {
 	for {
 		var ws unix.WaitStatus
-		pid, err := unix.Wait4(-1, &ws, unix.WUNTRACED|unix.WCONTINUED, nil)
+		pid, err := unix.Wait4(-1, &ws, unix.WUNTRACED, nil)
 		switch {
 		case err == unix.EINTR:
 			continue
@@ -272,7 +272,7 @@ func (i *initProcess) childChanged(r reaped) error {
 	}
 	switch ws := r.status; {
 	case ws.Exited(), ws.Signaled():
-		i.pid, i.stopped = 0, false
+		i.pid = 0
 		e := Exit{Code: ws.ExitStatus()}
 		if ws.Signaled() {
 			e = Exit{Signal: ws.Signal()}
@@ -284,34 +284,9 @@ func (i *initProcess) childChanged(r reaped) error {
 			i.killAll()
 		}
 	case ws.Stopped():
-		i.stopped = true
 		return initSend(opStopped, signalBody{Signal: int(ws.StopSignal())})
-	case ws.Continued():
-		i.stopped = false
 	}
 	return nil
-}
-
-// isStopped reports whether the command is stopped at this moment.
-func (i *initProcess) isStopped() bool {
-	if i.pid == 0 {
-		return false
-	}
-	// What the reaper has not told yet counts as well.
-	if _, err := i.drainQuietly(); err != nil {
-		return false
-	}
-	return i.pid != 0 && i.stopped && stateOf(i.pid) == 'T'
-}
-
-// drainQuietly handles what the reaper said and puts the news that nobody is left back.
-func (i *initProcess) drainQuietly() (done bool, err error) {
-	done, err = i.drainReaped()
-	if done {
-		i.ends <- reaped{last: true}
-		i.ring()
-	}
-	return done, err
 }
 
 // stateOf returns the letter of a process's state, 0 if it cannot be read.

@@ -195,6 +195,16 @@ func TestInitIsKilled(t *testing.T) {
 	})
 }
 
+// TestCommandPID is the command's number out here, with and without a process namespace.
+func TestCommandPID(t *testing.T) {
+	bothWays(t, func(t *testing.T, begin func(Config) *Sandbox) {
+		s := begin(Config{Command: []string{"sleep", "1003"}})
+		if got, want := s.CommandPID(), sleepers(t, s.PID(), "1003"); len(want) != 1 || got != want[0] {
+			t.Errorf("CommandPID: %d, want %d", got, want)
+		}
+	})
+}
+
 // TestZombiesAreReaped leaves many orphans and looks for the dead among them.
 func TestZombiesAreReaped(t *testing.T) {
 	everyUser(t, func(t *testing.T) {

@@ -22,7 +22,11 @@ import (
 func actCLI(args []string) int {
 	// Before Start: what comes from here on is ours to forward.
 	ch := make(chan os.Signal, 64)
-	signal.Notify(ch, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2)
+	for _, sig := range []os.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2} {
+		if !signal.Ignored(sig) {
+			signal.Notify(ch, sig)
+		}
+	}
 	s, err := Start(testContext(), Config{Command: args, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr})
 	if err != nil {
 		fmt.Println("cli: start:", err)
@@ -311,7 +315,7 @@ func TestJobControl(t *testing.T) {
 				t.Fatal(err)
 			}
 			// We run on: this does.
-			eventually(t, "the command stopped", func() bool { return stateOf(commandPID(t, s)) == 'T' })
+			eventually(t, "the command stopped", func() bool { return stateOf(s.CommandPID()) == 'T' })
 			if err := s.Signal(unix.SIGCONT); err != nil {
 				t.Fatal(err)
 			}
@@ -322,16 +326,21 @@ func TestJobControl(t *testing.T) {
 	})
 }
 
-// commandPID returns the command's number out here: init's only child.
-func commandPID(t *testing.T, s *Sandbox) int {
-	t.Helper()
-	for pid, parent := range parentsOf() {
-		if parent == s.PID() {
-			return pid
+// TestIgnoredSignalsStayIgnored runs below nohup, and without it.
+func TestIgnoredSignalsStayIgnored(t *testing.T) {
+	everyUser(t, func(t *testing.T) {
+		for trap, want := range map[string]uint64{"trap '' HUP INT; ": signalBit(unix.SIGHUP) | signalBit(unix.SIGINT), "": 0} {
+			script := fmt.Sprintf("%sexec %s %s cli grep SigIgn /proc/self/status", trap, testExe(), actName)
+			out, err := exec.Command("sh", "-c", script).CombinedOutput()
+			if err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			got := lines(string(out), "SigIgn:")
+			if len(got) != 1 || strings.TrimSpace(got[0]) != fmt.Sprintf("%016x", want) {
+				t.Errorf("%q: ignored inside: %q, want %016x", trap, got, want)
+			}
 		}
-	}
-	t.Fatal("init has no child")
-	return 0
+	})
 }
 
 // TestInteractiveShell has a shell as its command: it takes the terminal, and we have it back when it ends.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/wfpstack/wfpstack/internal/machine"
@@ -41,6 +42,8 @@ type Sandbox struct {
 	diag   *os.File
 	ipv6   bool
 	term   *terminal
+	// command is the command's process number.
+	command atomic.Int64
 
 	// answer gets what init says to Release. Capacity one: there is one Release.
 	answer chan error
@@ -119,7 +122,8 @@ func (s *Sandbox) adopt(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { _ = s.child.peer.f.Close() })
 	defer stop()
 	buf := make([]byte, maxMessage)
-	msg, files, err := s.child.peer.receive(buf)
+	m, err := s.child.peer.receive(buf)
+	msg, files := m.body, m.files
 	if ctx.Err() != nil {
 		closeAll(files)
 		return ctx.Err()
@@ -198,6 +202,9 @@ func (s *Sandbox) SockDiag() *os.File { return s.diag }
 // HasIPv6 reports whether the command has its IPv6 address.
 func (s *Sandbox) HasIPv6() bool { return s.ipv6 }
 
+// CommandPID returns the command's process, as seen from here; 0 before Release.
+func (s *Sandbox) CommandPID() int { return int(s.command.Load()) }
+
 // PID returns the process that all others inside descend from, as seen from here.
 func (s *Sandbox) PID() int { return s.child.pid }
 
@@ -234,7 +241,8 @@ func (s *Sandbox) Release() error {
 // Signal forwards a signal that this process got to the command, unless the terminal, or whoever sent it, reached the
 // command as well as a member of the same process group.
 //
-// SIGTSTP, SIGTTIN and SIGTTOU need no forwarding and are best left alone (never given to signal.Notify): their default
+// What this process ignores since its start, as under nohup, the command ignores as well: whoever calls signal.Notify
+// asks signal.Ignored first. SIGTSTP, SIGTTIN and SIGTTOU need no forwarding and are best left alone (never given to signal.Notify): their default
 // action stops this process together with the command.
 //
 // Errors: ErrClosed.
@@ -283,12 +291,12 @@ func (s *Sandbox) watch() {
 	var end *Exit
 	buf := make([]byte, maxMessage)
 	for {
-		msg, files, err := s.child.peer.receive(buf)
-		closeAll(files)
-		if err != nil || len(msg) == 0 {
+		m, err := s.child.peer.receive(buf)
+		closeAll(m.files)
+		if err != nil || len(m.body) == 0 {
 			break
 		}
-		if e := s.told(msg); e != nil {
+		if e := s.told(m); e != nil {
 			end = e
 		}
 	}
@@ -310,9 +318,15 @@ func (s *Sandbox) watch() {
 }
 
 // told handles one message of init. It returns the command's end when it says that.
-func (s *Sandbox) told(msg []byte) *Exit {
+func (s *Sandbox) told(m message) *Exit {
+	msg := m.body
 	switch op := opcode(msg[0]); op {
 	case opStarted:
+		pid := m.pid
+		if body, err := decode[startedBody](msg); err == nil && body.PID != 0 {
+			pid = body.PID
+		}
+		s.command.Store(int64(pid))
 		s.answer <- nil
 	case opFailed:
 		f, err := decode[failure](msg)
@@ -334,9 +348,7 @@ func (s *Sandbox) told(msg []byte) *Exit {
 		return &e
 	case opStopped:
 		// The news may be old: a shell that continues the group continues us as well, and then we read this.
-		_ = s.child.peer.send(opState, nil)
-	case opStopState:
-		if body, err := decode[stateBody](msg); err == nil && body.Stopped {
+		if stateOf(s.CommandPID()) == 'T' {
 			s.term.stopWithCommand()
 		}
 	default:

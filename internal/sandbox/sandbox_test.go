@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -71,6 +72,9 @@ func TestNothingRunsBeforeRelease(t *testing.T) {
 		s := mustStart(t, Config{Command: []string{"touch", file}})
 		if s.Device() == nil || s.SockDiag() == nil || s.PID() <= 0 {
 			t.Errorf("device %v, diag %v, pid %d before Release", s.Device(), s.SockDiag(), s.PID())
+		}
+		if pid := s.CommandPID(); pid != 0 {
+			t.Errorf("the command is process %d before Release", pid)
 		}
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
@@ -192,6 +196,26 @@ func TestEnvironmentAndFolder(t *testing.T) {
 	})
 }
 
+// TestFolderThatIsClosed starts in a folder that the command may not enter: its own if we were there by chance, an error
+// if that was asked for.
+func TestFolderThatIsClosed(t *testing.T) {
+	everyUser(t, func(t *testing.T) {
+		dir := t.TempDir()
+		t.Chdir(dir)
+		if err := os.Chmod(dir, 0); err != nil {
+			t.Fatal(err)
+		}
+		defer os.Chmod(dir, 0o700)
+		if e, out := run(t, Config{Command: []string{"true"}}); e != (Exit{}) {
+			t.Errorf("by chance: %v: %s", e, out)
+		}
+		s := mustStart(t, Config{Command: []string{"true"}, Dir: dir})
+		if err := s.Release(); !errors.Is(err, unix.EACCES) || !strings.Contains(err.Error(), dir) {
+			t.Errorf("asked for: %v, want %v", err, unix.EACCES)
+		}
+	})
+}
+
 // TestInheritedFiles passes what a shell leaves open, as for <(…), and no socket.
 func TestInheritedFiles(t *testing.T) {
 	everyUser(t, func(t *testing.T) {
@@ -199,29 +223,40 @@ func TestInheritedFiles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		const at, sock = 300, 301
-		for from, to := range map[int]int{int(r.Fd()): at, pair[0]: sock} {
-			if err := unix.Dup3(from, to, 0); err != nil {
-				t.Fatal(err)
-			}
-			defer unix.Close(to)
-		}
 		if _, err := w.WriteString("inherited\n"); err != nil {
 			t.Fatal(err)
 		}
 		_ = w.Close()
-		_, out := run(t, Config{Command: sh(fmt.Sprintf("cat /proc/self/fd/%d; ls /proc/self/fd", at))})
-		fds := strings.Fields(out)
-		if len(fds) == 0 || fds[0] != "inherited" {
-			t.Fatalf("descriptor %d: %q", at, out)
+		pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
 		}
-		// Who runs the tests may have left others open; whoever did, no socket passes.
-		if !slices.Contains(fds[1:], fmt.Sprint(at)) || slices.Contains(fds[1:], fmt.Sprint(sock)) {
-			t.Errorf("descriptors inside: %q, want %d and not the socket %d", out, at, sock)
+		sock := os.NewFile(uintptr(pair[0]), "socket")
+		defer unix.Close(pair[1])
+		defer sock.Close()
+		// Descriptors 3 to 7.
+		cmd := exec.Command(testExe(), append([]string{actName, "cli"}, sh("cat <&5; ls /proc/$$/fd; :")...)...)
+		cmd.ExtraFiles = []*os.File{sock, nil, r, sock, sock}
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		_, text, _ := strings.Cut(string(out), "inherited\n")
+		fds := strings.Fields(text)
+		end := slices.Index(fds, "cli:")
+		if end < 0 {
+			t.Fatalf("descriptor 5: %q", out)
+		}
+		// Who runs the tests may have left others open, which pass as well.
+		want := []string{"0", "1", "2", "5"}
+		for _, n := range startNumbers() {
+			if n > 7 {
+				want = append(want, fmt.Sprint(n))
+			}
+		}
+		slices.Sort(want)
+		if got := fds[:end]; !slices.Equal(got, want) {
+			t.Errorf("descriptors inside: %q, want %q", got, want)
 		}
 	})
 }

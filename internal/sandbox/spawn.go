@@ -242,31 +242,41 @@ func specFile(s *spec) (*os.File, error) {
 	return f, nil
 }
 
-// inheritedNumbers returns the descriptors beyond standard error that our caller left open for its programs: all of
-// ours are closed at exec. Sockets are left out: they would be a way past the device.
+// startNumbers are the descriptors that this process was started with, looked up once by MaybeInit: later, one that
+// another goroutine closes at the moment looks as if it were to be kept at exec.
+var startNumbers = sync.OnceValue(keptNumbers)
+
+// inheritedNumbers returns the descriptors beyond standard error that our caller left open for its programs. Sockets are
+// left out: they would be a way past the device.
 func inheritedNumbers() []int {
+	// What was closed since, or used for another file, is not what was meant.
+	return slices.DeleteFunc(slices.Clone(startNumbers()), func(fd int) bool { return !kept(fd) })
+}
+
+// keptNumbers returns the descriptors beyond standard error that stay open at exec: all of our own are closed then.
+func keptNumbers() []int {
 	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		return nil
 	}
 	var numbers []int
 	for _, e := range entries {
-		fd, err := strconv.Atoi(e.Name())
-		if err != nil || fd <= 2 || fd > maxInheritedNumber {
-			continue
+		if fd, err := strconv.Atoi(e.Name()); err == nil && fd > 2 && fd <= maxInheritedNumber && kept(fd) {
+			numbers = append(numbers, fd)
 		}
-		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
-		if err != nil || flags&unix.FD_CLOEXEC != 0 {
-			continue
-		}
-		var st unix.Stat_t
-		if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT == unix.S_IFSOCK {
-			continue
-		}
-		numbers = append(numbers, fd)
 	}
 	slices.Sort(numbers)
 	return numbers
+}
+
+// kept reports whether fd stays open at exec and is no socket.
+func kept(fd int) bool {
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+	if err != nil || flags&unix.FD_CLOEXEC != 0 {
+		return false
+	}
+	var st unix.Stat_t
+	return unix.Fstat(fd, &st) == nil && st.Mode&unix.S_IFMT != unix.S_IFSOCK
 }
 
 // spawnError says why init could not be started, with the cure.

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"strconv"
 	"syscall"
 
 	"github.com/wfpstack/wfpstack/internal/machine"
@@ -23,6 +24,7 @@ func MaybeInit() {
 	}
 	machine.MaybeProbe()
 	if os.Args[0] != initName {
+		startNumbers()
 		return
 	}
 	// The main thread is never restricted and never ends (see startCommand).
@@ -56,13 +58,16 @@ func readSpec() (*spec, error) {
 
 // runInit is the life of init.
 func runInit() error {
-	unix.CloseOnExec(controlFD)
 	s, err := readSpec()
 	if err != nil {
 		return err
 	}
 	i := &initProcess{spec: s}
-	if err := i.setUp(); err != nil {
+	err = tidyDescriptors(s)
+	if err == nil {
+		err = i.setUp()
+	}
+	if err != nil {
 		f, ok := err.(*failure)
 		if !ok {
 			f = failed(failSetup, "set up the sandbox", err)
@@ -70,4 +75,29 @@ func runInit() error {
 		return initSend(opFailed, f)
 	}
 	return i.serve()
+}
+
+// tidyDescriptors leaves nothing open for the command but what it is given by number: a socket that our parent had
+// inherited would lead past the device.
+func tidyDescriptors(s *spec) error {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return failed(failSetup, "list the open descriptors", err)
+	}
+	for _, e := range entries {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil || fd <= 2 {
+			continue
+		}
+		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+		switch {
+		case err != nil || flags&unix.FD_CLOEXEC != 0:
+			// Gone by now, or the runtime's.
+		case fd < firstInheritedFD+len(s.Inherited):
+			unix.CloseOnExec(fd)
+		default:
+			_ = unix.Close(fd)
+		}
+	}
+	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 	"unsafe"
 
@@ -42,7 +43,9 @@ const (
 // signals that the witness counts.
 func startWitness(namespaced bool) (*witness, error) {
 	// Caught and dropped: the default action would end us, and ignoring would be inherited by the command.
-	signal.Notify(make(chan os.Signal, 1), groupSignalList()...)
+	// What is ignored already (nohup) stays so, for the command as well.
+	list := slices.DeleteFunc(groupSignalList(), signal.Ignored)
+	signal.Notify(make(chan os.Signal, 1), list...)
 	w := &witness{namespaced: namespaced}
 	signals, err := newSignalFD(groupSignals)
 	if err != nil {
