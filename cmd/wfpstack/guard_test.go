@@ -1,0 +1,148 @@
+package main
+
+import (
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/wfpstack/wfpstack/internal/need"
+	"github.com/wfpstack/wfpstack/layers"
+)
+
+func TestGuard(t *testing.T) {
+	stack4, stack6 := netip.MustParseAddr("198.18.0.1"), netip.MustParseAddr("fd77::1")
+	own := netip.MustParseAddr("203.0.113.7")
+	guards := map[bool]*guard{}
+	for _, hostLoopback := range []bool{false, true} {
+		g, err := newGuard(hostLoopback, stack4, stack6)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer g.Close()
+		if !hostLoopback {
+			// The machine's own addresses are there too; one that is known goes with them.
+			with := map[netip.Addr]struct{}{own: {}}
+			for a := range *g.own.Load() {
+				with[a] = struct{}{}
+			}
+			g.own.Store(&with)
+		}
+		guards[hostLoopback] = g
+	}
+	const none, loop, meta = layers.ReasonNone, layers.ReasonLoopbackGuard, layers.ReasonMetadataGuard
+	for _, tt := range []struct {
+		addr                      string
+		closed, permitted, opened layers.Reason // without --host-loopback, the same with a filter that permits, with --host-loopback
+	}{
+		{"198.51.100.1", none, none, none},
+		{"2001:db8::1", none, none, none},
+		{"127.0.0.1", loop, loop, none},
+		{"127.255.255.254", loop, loop, none},
+		{"::1", loop, loop, none},
+		{"::ffff:127.0.0.1", loop, loop, none},
+		{"0.0.0.0", loop, loop, none},
+		{"0.1.2.3", loop, loop, none},
+		{"::", loop, loop, none},
+		{"198.18.0.1", loop, loop, none},
+		{"fd77::1", loop, loop, none},
+		{"203.0.113.7", loop, loop, none},
+		{"::ffff:203.0.113.7", loop, loop, none},
+		{"169.254.169.254", meta, none, meta},
+		{"169.254.0.1", meta, none, meta},
+		{"::ffff:169.254.169.254", meta, none, meta},
+		{"fd00:ec2::254", meta, none, meta},
+		{"169.253.255.255", none, none, none},
+		{"fd00:ec2::253", none, none, none},
+	} {
+		a := netip.MustParseAddr(tt.addr)
+		for _, c := range []struct {
+			name string
+			got  layers.Reason
+			want layers.Reason
+		}{
+			{"closed", guards[false].Check(a, false), tt.closed},
+			{"permitted by a filter", guards[false].Check(a, true), tt.permitted},
+			{"with --host-loopback", guards[true].Check(a, false), tt.opened},
+		} {
+			if c.got != c.want {
+				t.Errorf("%s, %s: %v, want %v", tt.addr, c.name, c.got, c.want)
+			}
+		}
+	}
+	if n := testing.AllocsPerRun(100, func() { guards[false].Check(own, false) }); n != 0 {
+		t.Errorf("%v allocations a check", n)
+	}
+}
+
+// TestGuardKnowsTheMachine refuses every address that this machine has.
+func TestGuardKnowsTheMachine(t *testing.T) {
+	g, err := newGuard(false, netip.Addr{}, netip.Addr{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range addrs {
+		ip, _ := netip.AddrFromSlice(a.(*net.IPNet).IP)
+		if r := g.Check(ip, false); r != layers.ReasonLoopbackGuard {
+			t.Errorf("%v: %v", ip, r)
+		}
+	}
+}
+
+const guardNamespace = "WFPSTACK_TEST_GUARD_NAMESPACE"
+
+// TestGuardFollows adds an address to the machine and takes it away again, in a network namespace of its own.
+func TestGuardFollows(t *testing.T) {
+	if os.Getenv(guardNamespace) == "" {
+		need.UserNS(t)
+		cmd := exec.Command("/proc/self/exe", "-test.run=^TestGuardFollows$", "-test.v=true")
+		cmd.Env = append(os.Environ(), guardNamespace+"=1")
+		cmd.SysProcAttr = &syscall.SysProcAttr{
+			Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET,
+			UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
+			GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
+		}
+		out, err := cmd.CombinedOutput()
+		if err != nil || !strings.Contains(string(out), "--- PASS: TestGuardFollows") {
+			t.Fatalf("in a namespace: %v\n%s", err, out)
+		}
+		return
+	}
+	g, err := newGuard(false, netip.Addr{}, netip.Addr{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{"203.0.113.9/32", "2001:db8::9/128"} {
+		p := netip.MustParsePrefix(text)
+		addr := &netlink.Addr{IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}}
+		if r := g.Check(p.Addr(), false); r != layers.ReasonNone {
+			t.Errorf("%v before it is ours: %v", p, r)
+		}
+		if err := netlink.AddrAdd(lo, addr); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the new address to be refused", func() bool { return g.Check(p.Addr(), false) == layers.ReasonLoopbackGuard })
+		if err := netlink.AddrDel(lo, addr); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the old address to be allowed", func() bool { return g.Check(p.Addr(), false) == layers.ReasonNone })
+	}
+}

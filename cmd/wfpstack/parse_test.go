@@ -1,0 +1,131 @@
+package main
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/spf13/pflag"
+
+	"github.com/wfpstack/wfpstack/stack/gateway"
+)
+
+func TestParsePublish(t *testing.T) {
+	p4, p6 := netip.MustParseAddr("198.18.0.2"), netip.MustParseAddr("fd77::2")
+	for _, tt := range []struct {
+		text string
+		ipv6 bool
+		want string // host>program/udp, a space between two; or the problem
+		bad  bool
+	}{
+		{"8080:80", true, "0.0.0.0:8080>198.18.0.2:80 [::]:8080>[fd77::2]:80", false},
+		{"8080:80", false, "0.0.0.0:8080>198.18.0.2:80", false},
+		{"8080:80/tcp", false, "0.0.0.0:8080>198.18.0.2:80", false},
+		{"53:5353/udp", false, "0.0.0.0:53>198.18.0.2:5353/udp", false},
+		{"53:5353/UDP", false, "0.0.0.0:53>198.18.0.2:5353/udp", false},
+		{"127.0.0.1:8080:80", true, "127.0.0.1:8080>198.18.0.2:80", false},
+		{"[::1]:8080:80", true, "[::1]:8080>[fd77::2]:80", false},
+		{"2001:db8::1:8080:80", true, "[2001:db8::1]:8080>[fd77::2]:80", false},
+		{"[::ffff:127.0.0.1]:8080:80", true, "127.0.0.1:8080>198.18.0.2:80", false},
+		{"80", true, "-p 80:80", true},
+		{"", true, "program's port is missing", true},
+		{"0:80", true, `"0" is no port`, true},
+		{"80:65536", true, `"65536" is no port`, true},
+		{"80:80/sctp", true, `protocol "sctp"`, true},
+		{"localhost:80:80", true, `"localhost" is no address`, true},
+		{"80:", true, `"" is no port`, true},
+		{":80", true, `"" is no port`, true},
+	} {
+		got, err := parsePublish(tt.text, p4, p6, tt.ipv6)
+		if tt.bad {
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("-p %s: %v, want an error with %q", tt.text, err, tt.want)
+			}
+			continue
+		}
+		if s := publishText(got); err != nil || s != tt.want {
+			t.Errorf("-p %s: %s, %v, want %s", tt.text, s, err, tt.want)
+		}
+	}
+}
+
+func publishText(all []gateway.Publish) string {
+	var parts []string
+	for _, p := range all {
+		s := fmt.Sprintf("%v>%v", p.Host, p.Program)
+		if p.UDP {
+			s += "/udp"
+		}
+		parts = append(parts, s)
+	}
+	return strings.Join(parts, " ")
+}
+
+func TestParseNetwork(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		texts []string
+		want  string // program4 stack4 program6 stack6; or the problem
+		bad   bool
+	}{
+		{"defaults", nil, "198.18.0.2/24 198.18.0.1 fd77::2/64 fd77::1", false},
+		{"IPv4", []string{"10.9.0.5/16"}, "10.9.0.5/16 10.9.0.1 fd77::2/64 fd77::1", false},
+		{"the first address is the program's", []string{"10.9.0.1/24"}, "10.9.0.1/24 10.9.0.2 fd77::2/64 fd77::1", false},
+		{"both", []string{"10.9.0.2/30", "fd00::9/126"}, "10.9.0.2/30 10.9.0.1 fd00::9/126 fd00::a", false},
+		{"both, the other way round", []string{"10.9.0.2/30", "fd00::a/126"}, "10.9.0.2/30 10.9.0.1 fd00::a/126 fd00::9", false},
+		{"two of a family", []string{"10.9.0.2/24", "10.8.0.2/24"}, "a second address", true},
+		{"no length", []string{"10.9.0.2"}, "not an address with a prefix length", true},
+		{"no room", []string{"10.9.0.2/31"}, "needs room", true},
+		{"one address", []string{"10.9.0.2/32"}, "needs room", true},
+		{"no host part", []string{"10.9.0.0/24"}, "needs room", true},
+		{"mapped", []string{"::ffff:10.9.0.2/120"}, "not an address", true},
+	} {
+		n, err := parseNetwork(tt.texts)
+		got := fmt.Sprintf("%v %v %v %v", n.program4, n.stack4, n.program6, n.stack6)
+		switch {
+		case tt.bad:
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("%s: %v, want an error with %q", tt.name, err, tt.want)
+			}
+		case err != nil || got != tt.want:
+			t.Errorf("%s: %s, %v, want %s", tt.name, got, err, tt.want)
+		}
+	}
+}
+
+func TestEditDistance(t *testing.T) {
+	for _, tt := range []struct {
+		a, b string
+		want int
+	}{{"", "", 0}, {"", "abc", 3}, {"abc", "", 3}, {"alow", "allow", 1}, {"block", "blcok", 2}, {"kitten", "sitting", 3}, {"x", "x", 0}} {
+		if got := editDistance(tt.a, tt.b); got != tt.want {
+			t.Errorf("%q to %q: %d, want %d", tt.a, tt.b, got, tt.want)
+		}
+	}
+}
+
+func TestNearestFlag(t *testing.T) {
+	flags := pflag.NewFlagSet("test", pflag.ContinueOnError)
+	var f commonFlags
+	f.register(flags)
+	for _, tt := range []struct{ name, want string }{
+		{"alow", "allow"}, {"evnts", "events"}, {"host-lopback", "host-loopback"}, {"zzzzzz", ""}, {"trace-layer", "trace-layers"}, {"deafult", "default"},
+	} {
+		if got := nearestFlag(flags, tt.name); got != tt.want {
+			t.Errorf("--%s: %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
+func TestInstanceNames(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		ok   bool
+	}{{"a", true}, {"build-7.x_y", true}, {"", false}, {"..", false}, {".a", false}, {"-a", false}, {"a/b", false}, {"a b", false}, {"ä", false},
+		{strings.Repeat("a", 64), true}, {strings.Repeat("a", 65), false}} {
+		if err := checkInstanceName(tt.name); (err == nil) != tt.ok {
+			t.Errorf("%q: %v", tt.name, err)
+		}
+	}
+}
