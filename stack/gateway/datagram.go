@@ -4,7 +4,6 @@ import (
 	"container/list"
 	"encoding/binary"
 	"net/netip"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -30,7 +29,8 @@ type datagramFlow struct {
 	used   time.Time
 	turn   uint64 // of the last receive
 	idle   time.Duration
-	timer  *timer
+	timer  *timer // until it is idle
+	limit  *timer // of a pended operation
 	lru    *list.Element
 	ttl    uint8  // set on the socket; 0: the host's default
 	df     bool   // path MTU discovery is on
@@ -142,12 +142,12 @@ func (f *datagramFlow) enter() {
 
 func (f *datagramFlow) watchIdle(d time.Duration) {
 	f.timer = f.l.after(d, func() {
-		if left := f.idle - f.l.now.Sub(f.used); left > 0 && f.op == nil {
-			f.watchIdle(left)
-			return
+		left := f.idle - f.l.now.Sub(f.used)
+		if f.op != nil {
+			left = f.idle // while pended it has a deadline of its own, or none
 		}
-		if f.op != nil && f.l.g.opts.PendDeadline < 0 {
-			f.watchIdle(f.idle)
+		if left > 0 {
+			f.watchIdle(left)
 			return
 		}
 		f.end("")
@@ -236,14 +236,22 @@ func (f *datagramFlow) Pend(_ *layers.Indication, holder string) (*layers.Pended
 	op := f.op
 	l.g.record(layers.RecordPend, op.Layer(), &f.who, nil, func(r *layers.Record) { r.Operation = op.ID() })
 	if l.g.opts.PendDeadline > 0 {
-		l.after(l.g.opts.PendDeadline, func() {
+		f.limit = l.after(l.g.opts.PendDeadline, func() {
 			if f.op == op {
-				f.endPend(layers.PendDeadline)
-				f.end("")
+				f.pendTimedOut()
 			}
 		})
 	}
 	return f.op, nil
+}
+
+// pendTimedOut blocks a flow that nobody decided. The program has long given up on the datagrams, so that nothing is sent to it.
+func (f *datagramFlow) pendTimedOut() {
+	layer := f.op.Layer()
+	f.endPend(layers.PendDeadline)
+	d := layers.Decision{Action: layers.Block, Hard: true, Reason: layers.ReasonPendTimeout}
+	f.l.g.record(layers.RecordVerdict, layer, &f.who, &d, nil)
+	f.end("")
 }
 
 func (f *datagramFlow) endPend(cause layers.PendCause) {
@@ -252,6 +260,7 @@ func (f *datagramFlow) endPend(cause layers.PendCause) {
 		return
 	}
 	f.op = nil
+	f.l.stop(f.limit)
 	op.Cancel(cause)
 	g := f.l.g
 	g.counters.pended.Add(-1)
@@ -477,6 +486,7 @@ func (f *datagramFlow) applyHeader(p *packet) {
 		f.ttl = ttl
 		_ = unix.SetsockoptInt(f.fd, level, ttlOpt, int(ttl)) // a hop limit of 0 is refused: the packet goes with the last
 	}
+	df = df && !p.reassembled // what came in fragments may go on in fragments
 	if df != f.df {
 		f.df = df
 		mode := unix.IP_PMTUDISC_DONT
@@ -526,7 +536,6 @@ func (f *datagramFlow) queuedError(m *unix.SocketControlMessage, sent []byte) {
 		m.Header.Level == unix.IPPROTO_IPV6 && m.Header.Type == unix.IPV6_RECVERR) {
 		return
 	}
-	errno := syscall.Errno(binary.NativeEndian.Uint32(m.Data))
 	origin, typ, code, info := m.Data[4], m.Data[5], m.Data[6], binary.NativeEndian.Uint32(m.Data[8:])
 	v6 := f.who.local.Addr().Is6()
 	var h icmpHeader
@@ -536,10 +545,8 @@ func (f *datagramFlow) queuedError(m *unix.SocketControlMessage, sent []byte) {
 		if !v6 && typ != uint8(header.ICMPv4DstUnreachable) {
 			h.info = 0
 		}
-	case origin == unix.SO_EE_ORIGIN_LOCAL && errno == syscall.EMSGSIZE:
-		h = icmpError(v6, unreachTooBig, int(info))
 	default:
-		return
+		return // a local error is what a send of ours returned: it was told then
 	}
 	from := offender(m.Data[16:])
 	if !from.IsValid() || from.Is4() == v6 || from.IsLoopback() {

@@ -160,6 +160,13 @@ func (f *datagramFlow) sendRun(run []outDatagram) {
 			f.sendRun(run[i : i+1])
 		}
 	default:
+		// The first error may be that of an earlier datagram, which the error queue tells too; this one was not sent then.
+		if errno != syscall.EAGAIN {
+			if errno = sysSendmsg(f.fd, &msg); errno == 0 {
+				f.bytesOut += uint64(total)
+				return
+			}
+		}
 		f.sendFailed(&run[0], errno)
 	}
 }
@@ -174,7 +181,6 @@ func (f *datagramFlow) sendFailed(d *outDatagram, errno syscall.Errno) {
 	case syscall.ENETUNREACH, syscall.EHOSTUNREACH, syscall.EACCES, syscall.EPERM:
 		f.l.replyUnreachable(&p, unreachableOf(errno), 0)
 	}
-	// ECONNREFUSED and the like report an earlier datagram; the error queue says which.
 }
 
 // appendPayload describes the payload of a consumed packet.

@@ -91,7 +91,11 @@ func (f *datagramFlow) sendEcho(p *packet) {
 		message[2], message[3] = 0, 0
 		binary.BigEndian.PutUint16(message[2:], ^uint16(wire.Sum(0, message)))
 	}
-	if err := unix.Send(f.fd, message, unix.MSG_NOSIGNAL); err != nil {
+	err := unix.Send(f.fd, message, unix.MSG_NOSIGNAL)
+	if err != nil && err != unix.EAGAIN {
+		err = unix.Send(f.fd, message, unix.MSG_NOSIGNAL) // the first error may be that of an earlier request
+	}
+	if err != nil {
 		f.l.g.counters.drop(dropSend)
 		switch err {
 		case unix.EMSGSIZE:

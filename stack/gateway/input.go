@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"net/netip"
 
+	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
@@ -32,6 +33,7 @@ type packet struct {
 	local, remote netip.AddrPort
 	ip, transport []byte // the headers
 	gso           int    // bytes of payload a wire segment; 0: one segment
+	reassembled   bool   // came in fragments
 	mark          layers.InjectionMark
 }
 
@@ -122,25 +124,47 @@ var broadcast4 = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 func (g *Gateway) isStackAddr(a netip.Addr) bool { return a == g.opts.Addr4 || a == g.opts.Addr6 }
 
 // reassembled takes a packet back from netstack's reassembly. It runs on the loop, below Deliver.
-func (l *loop) reassembled(pkt *stack.PacketBuffer) {
-	whole := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: pkt.ToBuffer(), Mark: pkt.Mark &^ link.MarkTrusted})
-	defer whole.DecRef()
-	p := packet{buf: whole, mark: layers.InjectionMark(pkt.Mark & 0x3fff)}
-	head, ok := whole.Data().PullUp(whole.Data().Size())
+//
+// Netstack leaves the headers of the first fragment, with its checksum, and in IPv6 with its fragment header: the packet gets the
+// header that it had before it was cut, without options and extension headers, which have been acted on.
+func (l *loop) reassembled(proto tcpip.TransportProtocolNumber, pkt *stack.PacketBuffer) {
+	message := stack.PayloadSince(pkt.TransportHeader())
+	defer message.Release()
+	b, ok := rebuild(proto, pkt, message.AsSlice())
 	if !ok {
 		l.g.counters.drop(dropMalformed)
 		return
 	}
-	if pkt.NetworkProtocolNumber == header.IPv4ProtocolNumber {
-		// Netstack fixed length and offset, and left the checksum.
-		head[10], head[11] = 0, 0
-		binary.BigEndian.PutUint16(head[10:], ^uint16(wire.Sum(0, head[:int(head[0]&15)*4])))
-	}
+	whole := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(b), Mark: pkt.Mark &^ link.MarkTrusted})
+	defer whole.DecRef()
+	p := packet{buf: whole, mark: layers.InjectionMark(pkt.Mark & 0x3fff), reassembled: true}
 	if drop := l.parse(&p); drop != dropNone || p.h.Fragment {
 		l.g.counters.drop(dropMalformed)
 		return
 	}
 	l.whole(&p)
+}
+
+// rebuild puts an IP header in front of a reassembled message.
+func rebuild(proto tcpip.TransportProtocolNumber, pkt *stack.PacketBuffer, message []byte) ([]byte, bool) {
+	src, dst := pkt.Network().SourceAddress(), pkt.Network().DestinationAddress()
+	if pkt.NetworkProtocolNumber == header.IPv6ProtocolNumber {
+		if len(message) > 0xffff {
+			return nil, false
+		}
+		b := make([]byte, header.IPv6MinimumSize, header.IPv6MinimumSize+len(message))
+		header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: uint16(len(message)), TransportProtocol: proto,
+			HopLimit: header.IPv6(pkt.NetworkHeader().Slice()).HopLimit(), SrcAddr: src, DstAddr: dst})
+		return append(b, message...), true
+	}
+	if len(message) > 0xffff-header.IPv4MinimumSize {
+		return nil, false
+	}
+	b := make([]byte, header.IPv4MinimumSize, header.IPv4MinimumSize+len(message))
+	header.IPv4(b).Encode(&header.IPv4Fields{TotalLength: uint16(len(b) + len(message)), Protocol: uint8(proto),
+		TTL: header.IPv4(pkt.NetworkHeader().Slice()).TTL(), SrcAddr: src, DstAddr: dst})
+	header.IPv4(b).SetChecksum(^header.IPv4(b).CalculateChecksum())
+	return append(b, message...), true
 }
 
 // whole takes a packet that is no fragment. The transport checksum is verified here unless the program's kernel vouches for it.
@@ -231,22 +255,22 @@ func (n *networkProtocol) NewEndpoint(nic stack.NetworkInterface, d stack.Transp
 	return n.NetworkProtocol.NewEndpoint(nic, &dispatcher{d, n.g})
 }
 
-// dispatcher takes what comes out of reassembly. ICMP passes netstack's own handling before it would get here; a fragmented
-// ICMP message is dropped by dispatching nothing to it.
+// dispatcher takes what comes out of reassembly. ICMP passes netstack's checks before it gets here; of its messages netstack hands
+// on echo requests, which are all that the loop takes.
 type dispatcher struct {
 	stack.TransportDispatcher
 	g *Gateway
 }
 
 // DeliverTransportPacket implements stack.TransportDispatcher.
-func (d *dispatcher) DeliverTransportPacket(_ tcpip.TransportProtocolNumber, pkt *stack.PacketBuffer) stack.TransportPacketDisposition {
-	d.g.loop.reassembled(pkt)
+func (d *dispatcher) DeliverTransportPacket(proto tcpip.TransportProtocolNumber, pkt *stack.PacketBuffer) stack.TransportPacketDisposition {
+	d.g.loop.reassembled(proto, pkt)
 	return stack.TransportPacketHandled
 }
 
 // DeliverTransportPacketWithDefaultHandlerResult implements stack.TransportDispatcherWithDefaultHandlerResult.
-func (d *dispatcher) DeliverTransportPacketWithDefaultHandlerResult(_ tcpip.TransportProtocolNumber, pkt *stack.PacketBuffer) (stack.TransportPacketDisposition, bool) {
-	d.g.loop.reassembled(pkt)
+func (d *dispatcher) DeliverTransportPacketWithDefaultHandlerResult(proto tcpip.TransportProtocolNumber, pkt *stack.PacketBuffer) (stack.TransportPacketDisposition, bool) {
+	d.g.loop.reassembled(proto, pkt)
 	return stack.TransportPacketHandled, true
 }
 

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"runtime"
 	"strings"
 	"sync"
@@ -421,10 +422,6 @@ func newServerSpace(t testing.TB, mtu int) *space {
 			c.Addresses = append(c.Addresses, netip.PrefixFrom(pick(f), f.bits))
 		}
 		c.Up = true
-		if b := []byte("0"); true {
-			// The link is the test's own: no address is in use twice on it.
-			_ = os.WriteFile("/proc/thread-self/root/proc/sys/net/ipv6/conf/"+name+"/accept_dad", b, 0)
-		}
 		return tun.Configure(name, c)
 	}
 	// The server's end first: addresses are usable once the link is up at both ends.
@@ -542,4 +539,38 @@ func (s *scene) callout(f family, name string, c layers.Callout, kinds ...layers
 		s.add(filter.Filter{Name: name, Layer: k.Layer(f.v), Action: filter.ActionCalloutUnknown, Callout: name})
 	}
 	return r
+}
+
+// command runs a program in the program's namespace.
+func (s *scene) command(path string, args ...string) (out []byte, err error) {
+	err = s.prog.run(func() error {
+		out, err = exec.Command(path, args...).CombinedOutput()
+		return err
+	})
+	return out, err
+}
+
+// allowPing sets which groups may make ping sockets on the host side, which is the test's own namespace.
+func allowPing(t testing.TB, groups string) {
+	t.Helper()
+	const path = "/proc/sys/net/ipv4/ping_group_range"
+	old, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(groups), 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.WriteFile(path, old, 0) })
+}
+
+// routeVia adds a route of the main namespace.
+func routeVia(t testing.TB, to, via netip.Addr) {
+	t.Helper()
+	dst := net.IPNet{IP: to.AsSlice(), Mask: net.CIDRMask(to.BitLen(), to.BitLen())}
+	r := &netlink.Route{Dst: &dst, Gw: via.AsSlice()}
+	if err := netlink.RouteReplace(r); err != nil {
+		t.Fatalf("add route to %v: %v", to, err)
+	}
+	t.Cleanup(func() { _ = netlink.RouteDel(r) })
 }
