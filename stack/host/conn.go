@@ -23,16 +23,17 @@ var errStopped = net.ErrClosed
 
 // Conn is a TCP connection, a net.Conn with the half-close of net.TCPConn. Its methods may be called from any goroutine.
 type Conn struct {
-	sock          *socket
-	flow          *flow
-	network       string
-	local, remote netip.AddrPort
+	sock    *socket
+	flow    *flow
+	network string
+	local   netip.AddrPort
+	remote  netip.AddrPort
 
-	readDeadline, writeDeadline deadline
+	readDeadline  deadline
+	writeDeadline deadline
 	// done is closed by Close, first of all, so that whoever waits returns.
 	done      chan struct{}
 	closeOnce sync.Once
-	closeErr  error
 	readShut  atomic.Bool
 
 	stream streamState
@@ -78,7 +79,7 @@ func (c *Conn) Read(b []byte) (int, error) {
 	var err error
 	werr := await(c.sock.wq, waiter.ReadableEvents|waiter.EventHUp|waiter.EventErr, &c.readDeadline, c.done, func() again {
 		var more again
-		n, more, err = c.readLocked(b)
+		n, more, err = c.readLocked(b) // +checklocksignore: readMu is held around await, which calls this at once
 		return more
 	})
 	if werr != nil {

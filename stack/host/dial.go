@@ -198,51 +198,71 @@ func (s *Stack) sourceFor(remote netip.Addr) (netip.Addr, error) {
 	return conv.Addr(r.LocalAddress()), nil
 }
 
+// binding is where a socket is to be bound.
+type binding struct {
+	proto    uint8
+	network  tcpip.NetworkProtocolNumber
+	local    netip.AddrPort
+	families []layers.Family // that the socket will serve
+	v6only   bool
+}
+
+// towards returns the binding of a socket that is to reach a remote.
+func (s *Stack) towards(proto uint8, remote netip.AddrPort) (binding, error) {
+	source, err := s.sourceFor(remote.Addr())
+	if err != nil {
+		return binding{}, err
+	}
+	return binding{
+		proto: proto, network: conv.NetworkProtocol(source), local: netip.AddrPortFrom(source, 0), families: []layers.Family{conv.FamilyOf(source)},
+	}, nil
+}
+
 // openSocket makes a socket, raises resource assignment for each family, and binds it.
 //
 // Errors: those of authorise, the error number of bind.
-func (s *Stack) openSocket(ctx context.Context, proto uint8, network tcpip.NetworkProtocolNumber, local netip.AddrPort, families []layers.Family, v6only bool) (*socket, error) {
-	ep, wq, err := s.newEndpoint(proto, network)
+func (s *Stack) openSocket(ctx context.Context, b binding) (*socket, error) {
+	ep, wq, err := s.newEndpoint(b.proto, b.network)
 	if err != nil {
 		return nil, sysError("socket", err)
 	}
-	sock, ok := s.newSocket(ep, wq, proto, 0)
+	sock, ok := s.newSocket(ep, wq, b.proto, 0)
 	if !ok {
 		ep.Close()
 		return nil, errClosing
 	}
-	sock.local = local
-	if v6only {
+	sock.local = b.local
+	if b.v6only {
 		ep.SocketOptions().SetV6Only(true)
 	}
-	if sock.assigned, err = s.assign(ctx, proto, local, families, sock.id); err != nil {
+	if sock.assigned, err = s.assign(ctx, &b, sock.id); err != nil {
 		sock.abandon()
 		return nil, err
 	}
-	if terr := ep.Bind(conv.FullAddress(local)); terr != nil {
+	if terr := ep.Bind(conv.FullAddress(b.local)); terr != nil {
 		sock.abandon()
 		return nil, sysError("bind", conv.Errno(terr))
 	}
 	if bound, terr := ep.GetLocalAddress(); terr == nil {
-		sock.local = netip.AddrPortFrom(local.Addr(), bound.Port)
+		sock.local = netip.AddrPortFrom(b.local.Addr(), bound.Port)
 	}
 	return sock, nil
 }
 
 // dialTCP connects to one address.
 func (s *Stack) dialTCP(ctx context.Context, network string, remote netip.AddrPort, name string) (net.Conn, error) {
-	source, err := s.sourceFor(remote.Addr())
+	b, err := s.towards(protoTCP, remote)
 	if err != nil {
 		return nil, err
 	}
-	sock, err := s.openSocket(ctx, protoTCP, conv.NetworkProtocol(source), netip.AddrPortFrom(source, 0), []layers.Family{conv.FamilyOf(source)}, false)
+	sock, err := s.openSocket(ctx, b)
 	if err != nil {
 		return nil, err
 	}
 	t := tuple{proto: protoTCP, local: sock.local, remote: remote}
 	f := s.newFlow(t, layers.Outbound, flowConnecting, sock.id)
 	f.name = name
-	r := request{layer: layers.ALEAuthConnect.Layer(conv.FamilyOf(source)), t: t}
+	r := request{layer: layers.ALEAuthConnect.Layer(b.families[0]), t: t}
 	r.x = facts{dir: layers.Outbound, name: name, endpoint: sock.id, flow: f, loopback: f.loopback}
 	if err := s.authorise(ctx, &r); err != nil {
 		sock.abandon()
@@ -319,11 +339,11 @@ func (s *Stack) connect(ctx context.Context, sock *socket, f *flow) error {
 
 // dialUDP makes a datagram socket that is connected to one address.
 func (s *Stack) dialUDP(ctx context.Context, network string, remote netip.AddrPort, name string) (net.Conn, error) {
-	source, err := s.sourceFor(remote.Addr())
+	b, err := s.towards(protoUDP, remote)
 	if err != nil {
 		return nil, err
 	}
-	sock, err := s.openSocket(ctx, protoUDP, conv.NetworkProtocol(source), netip.AddrPortFrom(source, 0), []layers.Family{conv.FamilyOf(source)}, false)
+	sock, err := s.openSocket(ctx, b)
 	if err != nil {
 		return nil, err
 	}
@@ -372,15 +392,15 @@ func (s *Stack) listenSocket(ctx context.Context, network, address string, proto
 		return nil, errClosing
 	}
 	defer s.dialing.Done()
-	local, families, netProto, err := s.bindAddress(&t)
+	b, err := s.bindAddress(&t)
 	if err != nil {
 		return nil, err
 	}
-	sock, err := s.openSocket(ctx, proto, netProto, local, families, t.restrict)
+	sock, err := s.openSocket(ctx, b)
 	if err != nil || proto != protoTCP {
 		return sock, err
 	}
-	for _, f := range families {
+	for _, f := range b.families {
 		r := request{layer: layers.ALEAuthListen.Layer(f), t: tuple{proto: protoTCP, local: inFamily(sock.local, f)}, x: facts{endpoint: sock.id}}
 		if err := s.authorise(ctx, &r); err != nil {
 			sock.abandon()
@@ -398,7 +418,7 @@ func (s *Stack) listenSocket(ctx context.Context, network, address string, proto
 const backlog = 4096
 
 // bindAddress returns where a socket is bound, and the families that it serves.
-func (s *Stack) bindAddress(t *target) (netip.AddrPort, []layers.Family, tcpip.NetworkProtocolNumber, error) {
+func (s *Stack) bindAddress(t *target) (binding, error) {
 	a := netip.IPv6Unspecified()
 	if t.restrict && t.only == layers.V4 {
 		a = netip.IPv4Unspecified()
@@ -406,19 +426,21 @@ func (s *Stack) bindAddress(t *target) (netip.AddrPort, []layers.Family, tcpip.N
 	if t.host != "" {
 		var err error
 		if a, err = netip.ParseAddr(t.host); err != nil {
-			return netip.AddrPort{}, nil, 0, &net.AddrError{Err: "want an IP address to listen on", Addr: t.host}
+			return binding{}, &net.AddrError{Err: "want an IP address to listen on", Addr: t.host}
 		}
 		a = a.Unmap().WithZone("")
 	}
 	if !t.permits(a) {
-		return netip.AddrPort{}, nil, 0, &net.AddrError{Err: "address is not of the network's family", Addr: t.host}
-	}
-	local := netip.AddrPortFrom(a, t.port)
-	if a.Is6() && a.IsUnspecified() && !t.restrict {
-		return local, []layers.Family{layers.V4, layers.V6}, header.IPv6ProtocolNumber, nil
+		return binding{}, &net.AddrError{Err: "address is not of the network's family", Addr: t.host}
 	}
 	if !a.IsUnspecified() && !s.isLocal(a) {
-		return local, nil, 0, fmt.Errorf("bind to %v, which is not the stack's: %w", a, sysError("bind", syscall.EADDRNOTAVAIL))
+		return binding{}, fmt.Errorf("bind to %v, which is not the stack's: %w", a, sysError("bind", syscall.EADDRNOTAVAIL))
 	}
-	return local, []layers.Family{conv.FamilyOf(a)}, conv.NetworkProtocol(a), nil
+	b := binding{
+		proto: t.proto, network: conv.NetworkProtocol(a), local: netip.AddrPortFrom(a, t.port), families: []layers.Family{conv.FamilyOf(a)}, v6only: t.restrict,
+	}
+	if a.Is6() && a.IsUnspecified() && !t.restrict {
+		b.families = []layers.Family{layers.V4, layers.V6}
+	}
+	return b, nil
 }

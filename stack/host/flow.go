@@ -71,9 +71,9 @@ func (f *flow) touch(now time.Time) { f.seen.Store(now.UnixNano()) }
 
 // flowTable holds the flows by what identifies them.
 type flowTable struct {
-	limit int
-
 	mu sync.RWMutex
+	// +checklocks:mu
+	limit int
 	// +checklocks:mu
 	flows map[tuple]*flow
 	// unclaimed are the inbound connections that no Accept has taken yet, which nothing but the sweeper ends.

@@ -62,8 +62,6 @@ type journal struct {
 	// +checklocks:mu
 	records []layers.Record
 	// +checklocks:mu
-	decisions []layers.Decision
-	// +checklocks:mu
 	shown []shown
 }
 
@@ -76,7 +74,6 @@ type shown struct {
 	endpoint      uint64
 	flow          layers.FlowID
 	op            layers.OperationID
-	state         layers.InjectionMark
 	packet        []byte
 	decision      layers.Decision
 }

@@ -20,7 +20,9 @@ type reinjector struct {
 	injector *layers.Injector
 	edit     func([]byte)
 
-	shown, mine, done atomic.Int64
+	shown atomic.Int64
+	mine  atomic.Int64
+	done  atomic.Int64
 
 	mu   sync.Mutex
 	work chan *layers.Clone // room for what one test has under way; full: the packet passes

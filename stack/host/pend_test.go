@@ -15,8 +15,7 @@ import (
 
 // pendCallout pends whatever is new to it, as the inspect callout does, and permits or blocks what comes of a completion.
 type pendCallout struct {
-	t      testing.TB
-	inject func() *layers.Injector // nil: it recognises completions by the operation's id
+	t testing.TB
 
 	mu sync.Mutex
 	// +checklocks:mu

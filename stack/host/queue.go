@@ -6,7 +6,9 @@ import "sync"
 // there is at most a constant number of pieces for a flow or pended operation, which are bounded themselves. Packets and refusals
 // are bounded here.
 type queue struct {
-	mu   sync.Mutex
+	mu sync.Mutex
+	// wake says that there are jobs, or that there will be no more.
+	// +checklocks:mu
 	wake *sync.Cond
 	// +checklocks:mu
 	jobs []job

@@ -308,13 +308,10 @@ func (s *Stack) notify(kind layers.Kind, f layers.Family, t *tuple, x *facts) {
 // assign raises resource assignment for a bind, for each family that the socket will serve.
 //
 // Errors: those of authorise.
-func (s *Stack) assign(ctx context.Context, proto uint8, local netip.AddrPort, families []layers.Family, endpoint uint64) (done []layers.Family, err error) {
-	for _, f := range families {
-		r := request{layer: layers.ALEResourceAssignment.Layer(f), t: tuple{proto: proto, local: inFamily(local, f)}}
+func (s *Stack) assign(ctx context.Context, b *binding, endpoint uint64) (done []layers.Family, err error) {
+	for _, f := range b.families {
+		r := request{layer: layers.ALEResourceAssignment.Layer(f), t: tuple{proto: b.proto, local: inFamily(b.local, f)}}
 		r.x = facts{endpoint: endpoint}
-		if local.Addr().IsUnspecified() || local.Port() == 0 {
-			r.x.flags = layers.FlagIsWildcardBind
-		}
 		if err := s.authorise(ctx, &r); err != nil {
 			return done, err
 		}

@@ -45,7 +45,9 @@ type Stack struct {
 	queue     *queue
 	counters  counters
 
-	lastFlow, lastOp, lastEndpoint atomic.Uint64
+	lastFlow     atomic.Uint64
+	lastOp       atomic.Uint64
+	lastEndpoint atomic.Uint64
 
 	// closing is closed when Close begins.
 	closing chan struct{}
