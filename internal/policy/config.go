@@ -36,8 +36,16 @@ func (d Default) String() string {
 }
 
 // ErrAsk is returned for the action ask. It wraps layers.ErrInvalid.
-var ErrAsk = fmt.Errorf("ask is not available yet, there is no console where anybody could answer: use block and permit what is needed, "+
-	"or permit and read the events: %w", layers.ErrInvalid)
+var ErrAsk error = askUnavailable{}
+
+// askUnavailable is ErrAsk: a text of its own, for it says what to do instead.
+type askUnavailable struct{}
+
+func (askUnavailable) Error() string {
+	return "ask is not available yet, there is no console where anybody could answer: use block and permit what is needed, or permit and read the events"
+}
+
+func (askUnavailable) Unwrap() error { return layers.ErrInvalid }
 
 // ParseDefault parses the value of --default.
 //
@@ -49,7 +57,7 @@ func ParseDefault(text string) (Default, error) {
 	case "block":
 		return DefaultBlock, nil
 	case "ask":
-		return DefaultUnset, fmt.Errorf("default ask: %w", ErrAsk)
+		return DefaultUnset, ErrAsk
 	default:
 		return DefaultUnset, fmt.Errorf("%s: %w", unknown("default", text, []string{"permit", "block"}), layers.ErrInvalid)
 	}
@@ -128,6 +136,9 @@ type plannedCallout struct {
 	from string
 	// name is the instance's wish for a name.
 	name string
+	// inFile says that it is a filter of the file at kind: the callout must have a filter there.
+	inFile bool
+	kind   layers.Kind
 }
 
 // key tells whether two plans mean the same instance.

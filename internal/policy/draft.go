@@ -19,7 +19,7 @@ type draft struct {
 	families []layers.Family
 	terms    []term
 	// where is the place in the file, zero for a line of the command line.
-	where place
+	where span
 }
 
 // term is the conditions on one field, of which any suffices.
@@ -28,6 +28,24 @@ type term struct {
 	any   []filter.Condition
 	// icmp adds the ICMP of the layer's family.
 	icmp bool
+	// where is the place in the file, zero for a line of the command line.
+	where span
+}
+
+// empty reports whether the term asks for a field that is not known.
+func (t *term) empty() bool {
+	return slices.ContainsFunc(t.any, func(c filter.Condition) bool { return c.Value.IsEmpty() })
+}
+
+// negative is how many of the conditions hold for all values but one, or some.
+func (t *term) negative() int {
+	n := 0
+	for _, c := range t.any {
+		if c.Match == filter.MatchNotEqual || c.Match == filter.MatchNotSuffix {
+			n++
+		}
+	}
+	return n
 }
 
 var bothFamilies = []layers.Family{layers.V4, layers.V6}
@@ -95,7 +113,7 @@ func (d *draft) filters(stackAddrs []netip.Addr, weigh func(filter.Filter) (filt
 		}
 		f.Conditions = conditions
 		out = append(out, f)
-		if !d.namesHost() {
+		if len(stackAddrs) == 0 || !d.namesHost() {
 			continue
 		}
 		// As specific as the line that it stands for, so that no order among lines depends on how the stack is reached.

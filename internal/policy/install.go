@@ -3,7 +3,9 @@ package policy
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 
 	"github.com/wfpstack/wfpstack/callouts"
@@ -64,7 +66,7 @@ func (in *Installed) Replace(c Config) error {
 	if in.closed {
 		return fmt.Errorf("replace the policy: %w", layers.ErrClosing)
 	}
-	plan, err := compile(c, in.engine, in.deps)
+	plan, err := compile(c, in.deps)
 	if err != nil {
 		return err
 	}
@@ -154,7 +156,30 @@ func (in *Installed) startCallout(p plannedCallout, name string) (*instance, err
 	if err := c.Install(); err != nil {
 		return nil, err
 	}
+	if err := in.checkKind(p, name); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
 	return &instance{Instance: c, key: p.key(), name: name}, nil
+}
+
+// checkKind refuses a callout that the file puts at a layer where it has no filter. Only the engine knows where it has some.
+func (in *Installed) checkKind(p plannedCallout, name string) error {
+	if !p.inFile {
+		return nil
+	}
+	var at []string
+	for k := range layers.NumKinds {
+		for _, family := range bothFamilies {
+			ours := slices.ContainsFunc(in.engine.Filters(k.Layer(family)), func(f filter.FilterInfo) bool { return f.SublayerName == name })
+			if ours && k == p.kind {
+				return nil
+			}
+			if ours && !slices.Contains(at, k.String()) {
+				at = append(at, k.String())
+			}
+		}
+	}
+	return fmt.Errorf("callout %s has no filter at layer %v; it works at %s: %w", p.spec.Name, p.kind, strings.Join(at, ", "), layers.ErrInvalid)
 }
 
 func closeAll(instances []*instance) error {
@@ -233,8 +258,8 @@ type plannedFilter struct {
 	sublayer string
 }
 
-// compile checks a configuration and plans what is to be added to e.
-func compile(c Config, e *filter.Engine, d Deps) (*plan, error) {
+// compile checks a configuration and plans what is to be added to an engine.
+func compile(c Config, d Deps) (*plan, error) {
 	drafts, err := c.drafts()
 	planned, calloutErr := c.plannedCallouts()
 	if err := errors.Join(err, calloutErr); err != nil {
@@ -245,13 +270,6 @@ func compile(c Config, e *filter.Engine, d Deps) (*plan, error) {
 		p.sublayers = c.File.sublayers
 	}
 	for _, draft := range drafts {
-		if draft.template.Action.IsCallout() {
-			r, err := e.Callout(draft.template.Callout)
-			if err != nil {
-				return nil, fmt.Errorf("filter %q: %w", draft.template.Name, err)
-			}
-			draft = draft.withAction(r.Kind().Action())
-		}
 		filters, err := draft.filters(d.StackAddrs, weigh)
 		if err != nil {
 			return nil, err
@@ -261,12 +279,6 @@ func compile(c Config, e *filter.Engine, d Deps) (*plan, error) {
 		}
 	}
 	return p, nil
-}
-
-func (d *draft) withAction(a filter.Action) *draft {
-	c := *d
-	c.template.Action = a
-	return &c
 }
 
 // weigh asks an engine of its own for the weight of a filter.
