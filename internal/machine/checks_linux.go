@@ -104,6 +104,9 @@ func (h host) namespaceTrouble(err syscall.Errno) (cause, cure string) {
 		return "AppArmor gives an ordinary user no rights in a user namespace",
 			"sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"
 	}
+	if h.uid == 0 && h.lacks(unix.CAP_SETFCAP) {
+		return "root without capabilities, as inside another sandbox, may not map uid 0", "run it as an ordinary user, or outside"
+	}
 	if _, e := os.Stat(h.path("/.dockerenv")); e == nil {
 		return "the container's seccomp profile refuses namespaces", "docker run --security-opt seccomp=unconfined …"
 	}
@@ -111,6 +114,17 @@ func (h host) namespaceTrouble(err syscall.Errno) (cause, cure string) {
 		return "the container's seccomp profile refuses namespaces", "podman run --security-opt seccomp=unconfined …"
 	}
 	return "a security module, a seccomp filter or a chroot refuses it", "run wfpstack outside the container or chroot"
+}
+
+// lacks reports whether we are known not to have a capability.
+//
+// Source: user_namespaces(7): since Linux 5.12 mapping uid 0 takes CAP_SETFCAP.
+func (h host) lacks(capability uint) bool {
+	text, _ := h.word("/proc/self/status")
+	_, rest, found := strings.Cut(text, "CapEff:")
+	word, _, _ := strings.Cut(strings.TrimSpace(rest), "\n")
+	set, err := strconv.ParseUint(word, 16, 64)
+	return found && err == nil && set&(1<<capability) == 0
 }
 
 // proc says whether there can be a process namespace with its own /proc.

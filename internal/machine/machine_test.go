@@ -315,6 +315,8 @@ func TestNamespaceTrouble(t *testing.T) {
 		{"Debian's switch, root", 0, map[string]string{clonePermitted: "0\n"}, unix.EPERM, "security module", "container"},
 		{"Debian's switch on", 1000, map[string]string{clonePermitted: "1\n"}, unix.EPERM, "security module", "container"},
 		{"Ubuntu's switch", 1000, map[string]string{appArmor: "1\n"}, unix.EACCES, "AppArmor", "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"},
+		{"nested root", 0, map[string]string{"/proc/self/status": "Name:\tx\nCapEff:\t0000000000000000\nX:\t1\n", "/.dockerenv": ""}, unix.EPERM, "root without capabilities", "ordinary user"},
+		{"root with capabilities", 0, map[string]string{"/proc/self/status": "CapEff:\t000001ffffffffff\n", "/.dockerenv": ""}, unix.EPERM, "seccomp", "docker"},
 		{"docker", 0, map[string]string{"/.dockerenv": ""}, unix.EPERM, "seccomp", "docker run --security-opt seccomp=unconfined"},
 		{"podman", 0, map[string]string{"/run/.containerenv": ""}, unix.EPERM, "seccomp", "podman run --security-opt seccomp=unconfined"},
 		{"no user", 1000, map[string]string{max("user"): "0\n"}, unix.ENOSPC, "no user namespaces", "sudo sysctl -w user.max_user_namespaces=15000"},
