@@ -76,6 +76,8 @@ func newResults(tests []string, field []*contestant) *results {
 	return r
 }
 
+func (r *results) failed(test, who string) bool { return len(r.Errors[test+" "+who]) > 0 }
+
 func (r *results) add(test, who string, fig figures, err error) {
 	if err != nil {
 		key := test + " " + who
