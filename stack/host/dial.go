@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -59,9 +58,9 @@ func parseTarget(network, address string) (t target, err error) {
 		return t, err
 	}
 	if port != "" {
-		n, err := strconv.ParseUint(port, 10, 16)
+		n, err := net.LookupPort(network, port) // a number, or a service's name
 		if err != nil {
-			return t, &net.AddrError{Err: "port is not a number from 0 to 65535", Addr: address}
+			return t, err
 		}
 		t.port = uint16(n)
 	}

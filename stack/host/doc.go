@@ -42,7 +42,8 @@
 // a callout asks for later (completions, injections, aborts) goes through the worker's bounded queue and never runs on the goroutine
 // that asked: netstack's outbound hooks run with the sending endpoint's lock held.
 //
-// Lock order: conn.readMu, conn.writeMu > socket.mu > netstack's endpoint locks > flowTable.mu, pendTable.mu, queue.mu,
-// injectors.mu, which are leaves. No lock of this package is held while an indication is classified, except readMu and writeMu at the
-// stream layer, where the order of the bytes is what they guard.
+// Lock order: Conn.readMu, Conn.writeMu > streamState.mu, and netstack's endpoint locks > socketTable.mu, flowTable.mu, socket.mu,
+// pendTable.mu, queue.mu, injectors.mu, deadline.mu. Of the latter none is held while another is taken; below pendTable.mu are only those of
+// a pended operation and of the ledger. No lock of this package is held while an indication is classified, except readMu, writeMu and
+// streamState.mu at the stream layer, where the order of the bytes is what they guard.
 package host

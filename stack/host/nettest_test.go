@@ -138,6 +138,20 @@ func TestNamesAreLookedUpAndShown(t *testing.T) {
 	if len(got) != 2 || got[1].name != "packages.example.org" || got[1].flags&layers.FlagIsNameAppSpecified == 0 || got[1].app != "/usr/bin/program" {
 		t.Errorf("auth connect was shown %+v", got)
 	}
+	s2, err := a.DialContext(withTimeout(t), "tcp", "198.18.0.2:https")
+	if err != nil {
+		t.Errorf("dial of a service's name: %v", err)
+	} else {
+		s2.Close()
+	}
+	for _, bad := range []string{"198.18.0.2", "198.18.0.2:70000", "198.18.0.2:-1", ":"} {
+		if _, err := a.DialContext(withTimeout(t), "tcp", bad); err == nil {
+			t.Errorf("dial of %q: no error", bad)
+		}
+	}
+	if _, err := a.DialContext(withTimeout(t), "unix", "198.18.0.2:1"); !errors.As(err, new(net.UnknownNetworkError)) {
+		t.Errorf("dial of a unix socket = %v", err)
+	}
 	var dns *net.DNSError
 	if _, err := b.DialContext(withTimeout(t), "tcp4", "[fd77::1]:443"); err == nil {
 		t.Error("tcp4 dialled an IPv6 address")

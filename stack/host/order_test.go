@@ -26,7 +26,7 @@ func settle(t testing.TB, sides ...*side) {
 		if n := count(); n != last {
 			last, since = n, time.Now()
 		}
-		return time.Since(since) > 60*time.Millisecond
+		return time.Since(since) > 120*time.Millisecond
 	})
 }
 
