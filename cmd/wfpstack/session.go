@@ -108,6 +108,7 @@ func (s *session) attach(dev tun.Device, sockDiag *os.File) error {
 	}
 	// A program may read /etc/hosts itself: its names are known without a look-up.
 	s.resolver.Refresh()
+	useProcessors(s.engine)
 	var err error
 	if s.gateway, err = gateway.New(dev, o); err != nil {
 		return explainGateway(err, c.publish)
