@@ -16,6 +16,7 @@ import (
 type execFlags struct {
 	common          commonFlags
 	hideSockets     bool
+	hideSocketsSet  bool
 	killDescendants bool
 	denyExitCode    int
 	addresses       []string
@@ -58,9 +59,7 @@ func newExec(std streams) *cobra.Command {
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if !cmd.Flags().Changed("hide-sockets") {
-				f.hideSockets = f.common.policy.defaultAction == "block"
-			}
+			f.hideSocketsSet = cmd.Flags().Changed("hide-sockets")
 			return runExec(&f, args, std)
 		},
 	}
@@ -110,6 +109,10 @@ func runExec(f *execFlags, command []string, std streams) error {
 		return err
 	}
 	defer out.closeLoudly(std.err)
+	out.warn(config)
+	if !f.hideSocketsSet {
+		f.hideSockets = blocksByDefault(config)
+	}
 
 	signals := catchSignals()
 	defer signals.stop()

@@ -35,7 +35,7 @@ type policyFlags struct {
 // register declares the flags.
 func (f *commonFlags) register(flags *pflag.FlagSet) {
 	flags.SortFlags = false
-	flags.StringVar(&f.policy.file, "policy", "", "policy `FILE`")
+	flags.StringVar(&f.policy.file, "policy", "", "policy `FILE`; none is no file (default ~/.config/wfpstack/policy.yaml or /etc/wfpstack/policy.yaml)")
 	flags.StringVar(&f.policy.defaultAction, "default", "", "what becomes of connections that no filter decides: `permit|block` (default permit)")
 	flags.StringArrayVar(&f.policy.allow, "allow", nil, "permit what `SPEC` says (repeatable)")
 	flags.StringArrayVar(&f.policy.block, "block", nil, "block what `SPEC` says (repeatable)")

@@ -96,7 +96,7 @@ func startWith(t testing.TB, env []string, args ...string) *process {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), runTime)
 	p := &process{t: t, cmd: exec.CommandContext(ctx, testExe(), args...), stop: cancel, began: time.Now(), args: args}
-	p.cmd.Env = append(os.Environ(), programEnv+"=1", "XDG_RUNTIME_DIR="+t.TempDir())
+	p.cmd.Env = append(os.Environ(), programEnv+"=1", "XDG_RUNTIME_DIR="+t.TempDir(), "XDG_CONFIG_HOME="+t.TempDir())
 	p.cmd.Env = append(p.cmd.Env, env...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.err
 	if err := p.cmd.Start(); err != nil {
@@ -265,6 +265,8 @@ func act(what string, args []string) int {
 			}
 			_, err = fmt.Fprintf(conn, "hello %v\n", conn.RemoteAddr().(*net.TCPAddr).IP)
 			return errors.Join(err, conn.Close())
+		case "hold": // a namespace, until it is killed
+			select {}
 		case "read": // a file or folder, and says whether it could
 			for _, path := range args {
 				entries, err := os.ReadDir(path)

@@ -24,14 +24,14 @@ func openNetns(name string) (*netns, error) {
 	if name == "" {
 		return nil, nil
 	}
-	path := name
-	if !strings.ContainsRune(name, '/') {
+	path, named := name, !strings.ContainsRune(name, '/')
+	if named {
 		path = filepath.Join(netnsDir, name)
 	}
 	f, err := os.Open(path)
 	switch {
-	case errors.Is(err, os.ErrNotExist):
-		return nil, fmt.Errorf("--netns %s: there is no such network namespace; make it: sudo ip netns add %s", name, filepath.Base(name))
+	case named && errors.Is(err, os.ErrNotExist):
+		return nil, fmt.Errorf("--netns %s: there is no such network namespace; make it: sudo ip netns add %s", name, name)
 	case err != nil:
 		return nil, fmt.Errorf("--netns %s: %w", name, err)
 	}

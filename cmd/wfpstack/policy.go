@@ -11,6 +11,9 @@ import (
 func (p *policyFlags) read() (policy.Config, error) {
 	c := policy.Config{Callouts: p.callouts}
 	var errs []error
+	if err := p.readFile(&c); err != nil {
+		errs = append(errs, err)
+	}
 	if p.defaultAction != "" {
 		d, err := policy.ParseDefault(p.defaultAction)
 		if err != nil {
@@ -33,4 +36,38 @@ func (p *policyFlags) read() (policy.Config, error) {
 		}
 	}
 	return c, errors.Join(errs...)
+}
+
+// noPolicy is the --policy that leaves out also the files that are used without being named.
+const noPolicy = "none"
+
+// readFile reads the policy file that was named, or else the user's or the machine's.
+func (p *policyFlags) readFile(c *policy.Config) error {
+	if p.file == noPolicy {
+		return nil
+	}
+	path, err := policy.Find(p.file)
+	if err != nil || path == "" {
+		return err
+	}
+	c.File, err = policy.Load(path, registry())
+	return err
+}
+
+// blocksByDefault reports whether a configuration blocks what no filter decides.
+func blocksByDefault(c policy.Config) bool {
+	if c.Default == policy.DefaultUnset && c.File != nil {
+		return c.File.Default == policy.DefaultBlock
+	}
+	return c.Default == policy.DefaultBlock
+}
+
+// warn prints what the policy file says and probably does not mean.
+func (o *outputs) warn(c policy.Config) {
+	if c.File == nil {
+		return
+	}
+	for i := range c.File.Warnings {
+		o.logger.Warn(c.File.Warnings[i].String())
+	}
 }

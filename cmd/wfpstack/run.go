@@ -109,6 +109,7 @@ func runDaemon(f *runFlags, std streams) (err error) {
 		return err
 	}
 	defer d.out.closeLoudly(std.err)
+	d.out.warn(config)
 	if d.notify, err = newNotifier(); err != nil {
 		d.out.logger.Warn("the service manager will not hear from us", "err", err)
 		d.notify = &notifier{}
@@ -259,6 +260,7 @@ func (d *daemon) reload() {
 		d.out.logger.Error("the policy was not reloaded, the old one stays: " + err.Error())
 		return
 	}
+	d.out.warn(config)
 	d.say("policy reloaded: %d filters", d.session.policy.NumFilters())
 }
 
