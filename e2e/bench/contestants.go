@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/wfpstack/wfpstack/e2e/netns"
 )
 
 const tunMTU = 65520
@@ -26,7 +28,7 @@ type contestant struct {
 	program string
 	// process is whether there is a process to weigh.
 	process bool
-	start   func(b *bench, client *netns) (*gatewayProcess, error)
+	start   func(b *bench, client *netns.NS) (*gatewayProcess, error)
 }
 
 var contestants = []*contestant{
@@ -113,13 +115,13 @@ func (g *gatewayProcess) rss() (float64, error) {
 }
 
 // startReady starts a program of ours that says "ready" on its standard output.
-func startReady(b *bench, where *netns, cmd *exec.Cmd) (*gatewayProcess, error) {
+func startReady(b *bench, where *netns.NS, cmd *exec.Cmd) (*gatewayProcess, error) {
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		return nil, err
 	}
-	if err := where.start(cmd); err != nil {
+	if err := where.Start(cmd); err != nil {
 		return nil, err
 	}
 	g := &gatewayProcess{cmd: cmd}
@@ -131,8 +133,8 @@ func startReady(b *bench, where *netns, cmd *exec.Cmd) (*gatewayProcess, error) 
 	return g, nil
 }
 
-func startLibrary(b *bench, client *netns) (*gatewayProcess, error) {
-	args := []string{"gateway", "-netns", client.path(), "-poll", b.poll.String(), "-procs", strconv.Itoa(b.procs)}
+func startLibrary(b *bench, client *netns.NS) (*gatewayProcess, error) {
+	args := []string{"gateway", "-netns", client.Path(), "-poll", b.poll.String(), "-procs", strconv.Itoa(b.procs)}
 	if b.profile != "" {
 		args = append(args, "-profile", fmt.Sprintf("%s.%s.%d", b.profile, b.test, b.round))
 	}
@@ -142,18 +144,18 @@ func startLibrary(b *bench, client *netns) (*gatewayProcess, error) {
 var notifySequence atomic.Int64
 
 // startWfpstack starts the daemon as a service manager would, and waits for its READY=1.
-func startWfpstack(b *bench, client *netns) (*gatewayProcess, error) {
+func startWfpstack(b *bench, client *netns.NS) (*gatewayProcess, error) {
 	path := filepath.Join(b.dir, fmt.Sprintf("notify%d", notifySequence.Add(1)))
 	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
 	if err != nil {
 		return nil, err
 	}
 	defer l.Close()
-	cmd := exec.Command(b.wfpstack, "run", "-q", "--tun", "wfp0", "--netns", client.path(), "--mtu", strconv.Itoa(tunMTU), "--auto-route")
+	cmd := exec.Command(b.wfpstack, "run", "-q", "--tun", "wfp0", "--netns", client.Path(), "--mtu", strconv.Itoa(tunMTU), "--auto-route")
 	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+path)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 	cmd.Stderr = os.Stderr
-	if err := b.host.start(cmd); err != nil {
+	if err := b.host.Start(cmd); err != nil {
 		return nil, err
 	}
 	g := &gatewayProcess{cmd: cmd}
@@ -172,20 +174,20 @@ func startWfpstack(b *bench, client *netns) (*gatewayProcess, error) {
 }
 
 // startKernel leads the client through the host's kernel with masquerading.
-func startKernel(b *bench, client *netns) (*gatewayProcess, error) {
+func startKernel(b *bench, client *netns.NS) (*gatewayProcess, error) {
 	steps := [][]string{
-		{"ip", "link", "add", "kc", "type", "veth", "peer", "name", "eth0", "netns", client.path()},
+		{"ip", "link", "add", "kc", "type", "veth", "peer", "name", "eth0", "netns", client.Path()},
 		{"ip", "addr", "add", "198.18.0.1/24", "dev", "kc"},
 		{"ip", "link", "set", "kc", "up"},
 		{"nft", "add table ip wfpbench; add chain ip wfpbench post { type nat hook postrouting priority 100; }; " +
 			"add rule ip wfpbench post ip saddr 198.18.0.0/24 masquerade"},
 	}
 	g := &gatewayProcess{tidy: func() {
-		b.host.run("nft", "delete table ip wfpbench")
-		b.host.run("ip", "link", "del", "kc")
+		b.host.Run("nft", "delete table ip wfpbench")
+		b.host.Run("ip", "link", "del", "kc")
 	}}
 	for _, s := range steps {
-		if err := b.host.run(s[0], s[1:]...); err != nil {
+		if err := b.host.Run(s[0], s[1:]...); err != nil {
 			g.stop()
 			return nil, err
 		}
@@ -193,7 +195,7 @@ func startKernel(b *bench, client *netns) (*gatewayProcess, error) {
 	for _, s := range [][]string{
 		{"addr", "add", "198.18.0.2/24", "dev", "eth0"}, {"link", "set", "eth0", "up"}, {"route", "add", "default", "via", "198.18.0.1"},
 	} {
-		if err := client.run("ip", s...); err != nil {
+		if err := client.Run("ip", s...); err != nil {
 			g.stop()
 			return nil, err
 		}
@@ -201,16 +203,16 @@ func startKernel(b *bench, client *netns) (*gatewayProcess, error) {
 	return g, nil
 }
 
-func startSlirp(b *bench, client *netns) (*gatewayProcess, error) {
+func startSlirp(b *bench, client *netns.NS) (*gatewayProcess, error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
 	defer r.Close()
-	cmd := exec.Command("slirp4netns", "-c", "--mtu="+strconv.Itoa(tunMTU), "--ready-fd=3", "--netns-type=path", client.path(), "tap0")
+	cmd := exec.Command("slirp4netns", "-c", "--mtu="+strconv.Itoa(tunMTU), "--ready-fd=3", "--netns-type=path", client.Path(), "tap0")
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
-	err = b.host.start(cmd)
+	err = b.host.Start(cmd)
 	w.Close()
 	if err != nil {
 		return nil, err
@@ -225,9 +227,9 @@ func startSlirp(b *bench, client *netns) (*gatewayProcess, error) {
 }
 
 // startPasta keeps pasta as root: it would drop to nobody, who may not open our namespace. Ports are not forwarded.
-func startPasta(b *bench, client *netns) (*gatewayProcess, error) {
+func startPasta(b *bench, client *netns.NS) (*gatewayProcess, error) {
 	path := filepath.Join(b.dir, "pasta.netns")
-	unmount, err := client.mount(path)
+	unmount, err := client.Mount(path)
 	if err != nil {
 		return nil, err
 	}
@@ -235,7 +237,7 @@ func startPasta(b *bench, client *netns) (*gatewayProcess, error) {
 		"-t", "none", "-u", "none", "-T", "none", "-U", "none", "--runas", "0:0", "-l", filepath.Join(b.dir, "pasta.log"),
 		"--netns-only", "--netns", path)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
-	if err := b.host.start(cmd); err != nil {
+	if err := b.host.Start(cmd); err != nil {
 		unmount()
 		return nil, err
 	}
@@ -248,12 +250,12 @@ func startPasta(b *bench, client *netns) (*gatewayProcess, error) {
 }
 
 // waitRoute waits until the client has a default route.
-func waitRoute(client *netns) error {
+func waitRoute(client *netns.NS) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	for ctx.Err() == nil {
 		found := false
-		err := client.do(func() error {
+		err := client.Do(func() error {
 			data, err := os.ReadFile("/proc/thread-self/net/route")
 			for _, line := range strings.Split(string(data), "\n") {
 				f := strings.Fields(line)

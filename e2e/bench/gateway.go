@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/wfpstack/wfpstack/e2e/netns"
 	"github.com/wfpstack/wfpstack/layers"
 	"github.com/wfpstack/wfpstack/layers/filter"
 	"github.com/wfpstack/wfpstack/stack/gateway"
@@ -33,13 +34,12 @@ func runGateway(clientNetns, profile string, poll time.Duration, procs int) erro
 	if procs > 0 {
 		runtime.GOMAXPROCS(procs)
 	}
-	f, err := os.Open(clientNetns)
+	client, err := netns.Open(clientNetns)
 	if err != nil {
 		return err
 	}
 	var dev tun.Device
-	client := &netns{f}
-	err = client.do(func() error {
+	err = client.Do(func() error {
 		if dev, err = tun.Open(tun.Options{Name: "wfp0", MTU: tunMTU}); err != nil {
 			return err
 		}
@@ -49,7 +49,7 @@ func runGateway(clientNetns, profile string, poll time.Duration, procs int) erro
 	if err != nil {
 		return err
 	}
-	client.close()
+	client.Close()
 	if profile != "" {
 		p, err := os.Create(profile)
 		if err != nil {

@@ -33,6 +33,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/wfpstack/wfpstack/e2e/netns"
 )
 
 const (
@@ -46,7 +48,7 @@ var allTests = []string{"first", "rr", "udprr", "crr1", "crr16", "down1", "up1",
 type bench struct {
 	self, dir    string
 	wfpstack     string
-	host, server *netns
+	host, server *netns.NS
 	profile      string
 	poll         time.Duration
 	procs        int
@@ -261,7 +263,7 @@ func (b *bench) setup(field []*contestant, binary string) (stop func(), err erro
 	if need := uint64(b.flows + 200); lim.Cur < need {
 		return nil, fmt.Errorf("the limit of open files is %d, %d are needed: raise it (ulimit -Hn), or lower -flows", lim.Cur, need)
 	}
-	restore, err := allowCubic()
+	restore, err := netns.AllowCubic()
 	if err != nil {
 		return nil, err
 	}
@@ -283,17 +285,17 @@ func (b *bench) world() (stop func(), err error) {
 			undoAll()
 		}
 	}()
-	for _, n := range []**netns{&b.host, &b.server} {
-		if *n, err = newNetns(); err != nil {
+	for _, n := range []**netns.NS{&b.host, &b.server} {
+		if *n, err = newNamespace(); err != nil {
 			return nil, err
 		}
-		undo = append(undo, (*n).close)
+		undo = append(undo, (*n).Close)
 	}
 	steps := []struct {
-		n    *netns
+		n    *netns.NS
 		args string
 	}{
-		{b.host, "link add up0 type veth peer name up0 netns " + b.server.path()},
+		{b.host, "link add up0 type veth peer name up0 netns " + b.server.Path()},
 		{b.host, "addr add 192.0.2.1/24 dev up0"},
 		{b.host, "link set up0 up"},
 		{b.host, "route add default via 192.0.2.254"}, // nobody is there; pasta takes its addresses from the default route
@@ -301,11 +303,11 @@ func (b *bench) world() (stop func(), err error) {
 		{b.server, "link set up0 up"},
 	}
 	for _, s := range steps {
-		if err := s.n.run("ip", strings.Fields(s.args)...); err != nil {
+		if err := s.n.Run("ip", strings.Fields(s.args)...); err != nil {
 			return nil, err
 		}
 	}
-	if err := b.host.sysctl(map[string]string{"net/ipv4/ip_forward": "1"}); err != nil {
+	if err := b.host.Sysctl(map[string]string{"net/ipv4/ip_forward": "1"}); err != nil {
 		return nil, err
 	}
 	srv := exec.Command(b.self, "server", "-addr", serverAddr, "-control", b.controlPath())
@@ -324,6 +326,20 @@ func (b *bench) world() (stop func(), err error) {
 
 func (b *bench) controlPath() string { return filepath.Join(b.dir, "control") }
 
+// newNamespace makes a namespace with what all contestants share: cubic, enough ports, a long backlog.
+func newNamespace() (*netns.NS, error) {
+	n, err := netns.New()
+	if err != nil {
+		return nil, err
+	}
+	return n, n.Sysctl(map[string]string{
+		"net/ipv4/tcp_congestion_control": "cubic",
+		"net/ipv4/ip_local_port_range":    "1024 65535",
+		"net/core/somaxconn":              "4096",
+		"net/ipv4/tcp_max_syn_backlog":    "8192",
+	})
+}
+
 // errNotFor says that a test has nothing to measure with a contestant.
 var errNotFor = errors.New("not for this contestant")
 
@@ -340,11 +356,11 @@ func (b *bench) measure(c *contestant, test string) (figures, error) {
 	if test == "start" {
 		return b.startTime(c)
 	}
-	ns, err := newNetns()
+	ns, err := newNamespace()
 	if err != nil {
 		return nil, err
 	}
-	defer ns.close()
+	defer ns.Close()
 	g, err := c.start(b, ns)
 	if err != nil {
 		return nil, err
@@ -361,7 +377,7 @@ func (b *bench) measure(c *contestant, test string) (figures, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := ns.start(load); err != nil {
+	if err := ns.Start(load); err != nil {
 		return nil, err
 	}
 	var fig figures
@@ -390,7 +406,7 @@ func (b *bench) load(ctx context.Context, test string) *exec.Cmd {
 }
 
 // idle weighs the gateway without flows, with idle ones, and after these carried something.
-func (b *bench) idle(g *gatewayProcess, ns *netns) (figures, error) {
+func (b *bench) idle(g *gatewayProcess, ns *netns.NS) (figures, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	cmd := b.load(ctx, "idle")
@@ -406,7 +422,7 @@ func (b *bench) idle(g *gatewayProcess, ns *netns) (figures, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := ns.start(cmd); err != nil {
+	if err := ns.Start(cmd); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -448,7 +464,7 @@ func (b *bench) startTime(c *contestant) (figures, error) {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 		start := time.Now()
-		err := b.host.start(cmd)
+		err := b.host.Start(cmd)
 		if err == nil {
 			err = cmd.Wait()
 		}

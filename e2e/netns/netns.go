@@ -1,4 +1,8 @@
-package main
+// Package netns makes network namespaces without a name for the tests and the bench, and runs things in them. It is for
+// programs that are root and end soon; it configures nothing but what it is told.
+//
+// First calls: New, NS.Run, NS.Do, NS.Close.
+package netns
 
 import (
 	"fmt"
@@ -12,12 +16,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// netns is a network namespace without a name, which lives as long as its file is open or a process is in it.
-type netns struct{ file *os.File }
+// NS is a network namespace, which lives as long as its file is open or a process is in it.
+type NS struct{ file *os.File }
 
-// newNetns makes a namespace with the loopback up and what every contestant shares: cubic, enough ports, a long backlog.
-func newNetns() (*netns, error) {
-	n := &netns{}
+// Open opens the namespace at a path.
+func Open(path string) (*NS, error) {
+	f, err := os.Open(path)
+	return &NS{f}, err
+}
+
+// New makes a namespace with the loopback up, and IPv6 addresses that are usable at once.
+func New() (*NS, error) {
+	n := &NS{}
 	err := onThread(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("make a network namespace: %w", err)
@@ -29,29 +39,24 @@ func newNetns() (*netns, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := n.run("ip", "link", "set", "lo", "up"); err != nil {
+	if err := n.Run("ip", "link", "set", "lo", "up"); err != nil {
 		return nil, err
 	}
-	return n, n.sysctl(map[string]string{
-		"net/ipv4/tcp_congestion_control": "cubic",
-		"net/ipv4/ip_local_port_range":    "1024 65535",
-		"net/core/somaxconn":              "4096",
-		"net/ipv4/tcp_max_syn_backlog":    "8192",
-		"net/ipv6/conf/all/accept_dad":    "0",
-	})
+	return n, n.Sysctl(map[string]string{"net/ipv6/conf/all/accept_dad": "0", "net/ipv6/conf/default/accept_dad": "0"})
 }
 
-// path is where other programs find the namespace while this process runs.
-func (n *netns) path() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.file.Fd()) }
+// Path is where other programs find the namespace while this process runs.
+func (n *NS) Path() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.file.Fd()) }
 
-func (n *netns) close() { n.file.Close() }
+// Close lets go of the namespace.
+func (n *NS) Close() { n.file.Close() }
 
-// mount gives the namespace a path that also a program may open that has given up its right to look into our /proc folder.
-func (n *netns) mount(path string) (undo func(), err error) {
+// Mount gives the namespace a path that also a program may open that has given up its right to look into our /proc folder.
+func (n *NS) Mount(path string) (undo func(), err error) {
 	if err := os.WriteFile(path, nil, 0o644); err != nil {
 		return nil, err
 	}
-	if err := unix.Mount(n.path(), path, "", unix.MS_BIND, ""); err != nil {
+	if err := unix.Mount(n.Path(), path, "", unix.MS_BIND, ""); err != nil {
 		return nil, fmt.Errorf("mount a network namespace: %w", err)
 	}
 	return func() {
@@ -60,8 +65,8 @@ func (n *netns) mount(path string) (undo func(), err error) {
 	}, nil
 }
 
-// do calls f on a thread inside the namespace.
-func (n *netns) do(f func() error) error {
+// Do calls f on a thread inside the namespace.
+func (n *NS) Do(f func() error) error {
 	return onThread(func() error {
 		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("enter a network namespace: %w", err)
@@ -104,13 +109,13 @@ func onThread(f func() error) error {
 	return <-c.done
 }
 
-// start starts a command inside.
-func (n *netns) start(cmd *exec.Cmd) error { return n.do(cmd.Start) }
+// Start starts a command inside.
+func (n *NS) Start(cmd *exec.Cmd) error { return n.Do(cmd.Start) }
 
-// run runs a command inside to its end; what it printed is in the error.
-func (n *netns) run(name string, args ...string) error {
+// Run runs a command inside to its end; what it printed is in the error.
+func (n *NS) Run(name string, args ...string) error {
 	var out []byte
-	return n.do(func() (err error) {
+	return n.Do(func() (err error) {
 		cmd := exec.Command(name, args...)
 		if out, err = cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out)
@@ -119,8 +124,8 @@ func (n *netns) run(name string, args ...string) error {
 	})
 }
 
-// allowCubic lets namespaces choose cubic where only the machine's own may, and returns what takes that back.
-func allowCubic() (undo func(), err error) {
+// AllowCubic lets namespaces choose cubic where only the machine's own may, and returns what takes that back.
+func AllowCubic() (undo func(), err error) {
 	const path = "/proc/sys/net/ipv4/tcp_allowed_congestion_control"
 	was, err := os.ReadFile(path)
 	if err != nil {
@@ -135,8 +140,9 @@ func allowCubic() (undo func(), err error) {
 	return func() { os.WriteFile(path, was, 0o644) }, nil
 }
 
-func (n *netns) sysctl(values map[string]string) error {
-	return n.do(func() error {
+// Sysctl writes settings, named by their path below /proc/sys.
+func (n *NS) Sysctl(values map[string]string) error {
+	return n.Do(func() error {
 		for name, v := range values {
 			if err := os.WriteFile("/proc/sys/"+name, []byte(v), 0o644); err != nil {
 				return err
