@@ -28,6 +28,12 @@ func TestMain(m *testing.M) {
 			os.Exit(code)
 		}
 	}
+	if os.Getenv(childEnv) != "" {
+		if err := up("lo"); err != nil {
+			fmt.Fprintln(os.Stderr, "loopback of the tests' namespace:", err)
+			os.Exit(1)
+		}
+	}
 	refs.SetLeakMode(refs.LeaksPanic)
 	code := m.Run()
 	if code == 0 {

@@ -314,9 +314,6 @@ func newScene(t testing.TB, o sceneOptions) *scene {
 	if os.Getenv(childEnv) == "" {
 		need.Missing(t, "a network namespace of the test's own")
 	}
-	if err := up("lo"); err != nil {
-		t.Fatal(err)
-	}
 	s := &scene{t: t, prog: newSpace(t), log: &journal{}, clock: &fakeClock{}}
 	name := fmt.Sprintf("gwt%d", sceneNumber.Add(1))
 	if o.mtu == 0 {

@@ -325,13 +325,25 @@ func (l *loop) authorizeConnect(f *tcpFlow, op layers.OperationID) layers.Decisi
 
 // guard refuses what the gateway does not allow on its own account.
 func (g *Gateway) guard(d *layers.Decision, remote netip.Addr) {
-	if d.Blocked() || g.opts.Guard == nil {
+	if d.Blocked() {
+		return
+	}
+	if !g.opts.HostLoopback && g.isStackAddr(remote) {
+		g.refuseFor(d, layers.ReasonLoopbackGuard)
+		return
+	}
+	if g.opts.Guard == nil {
 		return
 	}
 	if r := g.opts.Guard.Check(remote, d.Reason == layers.ReasonFilter || d.Reason == layers.ReasonCallout); r != layers.ReasonNone {
-		d.Action, d.Hard, d.Reason = layers.Block, true, r
-		d.Filter, d.FilterName, d.Sublayer, d.SublayerName = 0, "", 0, ""
+		g.refuseFor(d, r)
 	}
+}
+
+// refuseFor makes a decision the gateway's own.
+func (*Gateway) refuseFor(d *layers.Decision, r layers.Reason) {
+	d.Action, d.Hard, d.Reason = layers.Block, true, r
+	d.Filter, d.FilterName, d.Sublayer, d.SublayerName = 0, "", 0, ""
 }
 
 // Pend implements layers.Pender: it suspends this connect. It is called from Classify, on the loop.
