@@ -362,6 +362,13 @@ func (f *datagramFlow) indicateIn(b []byte) bool {
 func (f *datagramFlow) open(p *packet) bool {
 	l := f.l
 	fd, err := f.socket()
+	if err == unix.EMFILE || err == unix.ENFILE {
+		// A flow that was used longest ago gives its descriptor.
+		if oldest := l.g.datagrams.lru.Back().Value.(*datagramFlow); oldest != f {
+			oldest.end("made room for a newer flow: " + err.Error())
+			fd, err = f.socket()
+		}
+	}
 	if err == nil && l.g.opts.Control != nil {
 		err = l.g.opts.Control(fd)
 	}

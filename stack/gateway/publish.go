@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -107,11 +108,36 @@ func (p *publishedPort) onReady(uint32) {
 	}
 	for range acceptsPerTurn {
 		fd, sa, err := unix.Accept4(p.fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
-		if err != nil {
+		switch err {
+		case nil:
+			p.accepted(fd, addrPortOf(sa))
+		case unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.ENOBUFS:
+			p.pause(err)
 			return
+		default:
+			return // EAGAIN, or a client that went away again
 		}
-		p.accepted(fd, addrPortOf(sa))
 	}
+}
+
+// acceptPause is how long a port waits where the system has no descriptor for a client: epoll would report it again at once.
+const acceptPause = 100 * time.Millisecond
+
+// pause stops looking at the port for a while.
+func (p *publishedPort) pause(why error) {
+	p.l.g.opts.Logger.Warn("accept on a published port; raise the limit of open files (ulimit -n)", "port", p.Host, "err", why)
+	p.watch(0)
+	p.l.after(acceptPause, func() {
+		if p.fd >= 0 {
+			p.watch(unix.EPOLLIN)
+		}
+	})
+}
+
+// watch changes what epoll reports of the port.
+func (p *publishedPort) watch(events uint32) {
+	ev := unix.EpollEvent{Events: events, Fd: int32(p.fd)}
+	_ = unix.EpollCtl(p.l.epfd, unix.EPOLL_CTL_MOD, p.fd, &ev) // it is in the set
 }
 
 // clientAddr is what the program sees of a client: its own address, or the stack's for a client on the host's loopback, which
