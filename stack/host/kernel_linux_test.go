@@ -428,6 +428,7 @@ func TestKernelClosedPort(t *testing.T) {
 
 // TestDeviceGoesAwayUnderLoad: connections end in errors, nothing panics, and the stack closes.
 func TestDeviceGoesAwayUnderLoad(t *testing.T) {
+	ip := need.Program(t, "ip")
 	k := newKernel(t, tun.Options{})
 	s := k.stackOn(t, pairOptions{quiet: true})
 	f := families[0]
@@ -457,7 +458,7 @@ func TestDeviceGoesAwayUnderLoad(t *testing.T) {
 		}
 	}()
 	eventually(t, "bytes flow", func() bool { return c.(*Conn).flow.bytesOut.Load() > 8<<20 })
-	k.run(func() { err = deleteLink(k.dev.Name()) })
+	k.run(func() { err = deleteLink(ip, k.dev.Name()) })
 	if err != nil {
 		t.Fatalf("ip link del: %v", err)
 	}

@@ -1,10 +1,10 @@
 package host
 
 import (
+	"fmt"
 	"net"
 	"os"
-
-	"github.com/vishvananda/netlink"
+	"os/exec"
 )
 
 // fdConn makes a net.Conn of a connected socket, which it takes.
@@ -14,11 +14,10 @@ func fdConn(fd int) (net.Conn, error) {
 	return net.FileConn(f)
 }
 
-// deleteLink deletes an interface of the calling thread's namespace.
-func deleteLink(name string) error {
-	l, err := netlink.LinkByName(name)
-	if err != nil {
-		return err
+// deleteLink deletes an interface of the calling thread's namespace with the program ip.
+func deleteLink(ip, name string) error {
+	if out, err := exec.Command(ip, "link", "del", name).CombinedOutput(); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
 	}
-	return netlink.LinkDel(l)
+	return nil
 }
