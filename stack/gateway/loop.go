@@ -139,8 +139,7 @@ func (s *deviceSource) onReady(uint32) { s.l.ready[s.index] = true }
 
 // epollAdd adds a descriptor; the loop owns neither it nor p.
 func (l *loop) epollAdd(fd int, events uint32, p pollable) error {
-	ev := unix.EpollEvent{Events: events, Fd: int32(fd)}
-	if err := unix.EpollCtl(l.epfd, unix.EPOLL_CTL_ADD, fd, &ev); err != nil {
+	if err := sysEpollAdd(l.epfd, fd, events); err != 0 {
 		return fmt.Errorf("add descriptor %d to epoll: %w", fd, err)
 	}
 	for fd >= len(l.polled) {

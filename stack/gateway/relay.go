@@ -240,7 +240,7 @@ func (f *tcpFlow) endOut() {
 		return
 	}
 	f.relay.outEnded = true
-	if err := unix.Shutdown(f.fd, unix.SHUT_WR); err != nil && err != unix.ENOTCONN {
+	if err := sysShutdown(f.fd, unix.SHUT_WR); err != 0 && err != unix.ENOTCONN {
 		f.l.g.opts.Logger.Debug("half-close the host side", "err", err)
 	}
 }

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"encoding/binary"
 	"net/netip"
 	"syscall"
 	"unsafe"
@@ -56,6 +57,59 @@ func sysEpollWait(epfd int, events []unix.EpollEvent) int {
 		return 0
 	}
 	return int(n)
+}
+
+// sysSocket makes a non-blocking socket.
+func sysSocket(family, typ, proto int) (int, error) {
+	fd, _, e := syscall.RawSyscall(syscall.SYS_SOCKET, uintptr(family), uintptr(typ|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC), uintptr(proto))
+	if e != 0 {
+		return -1, e
+	}
+	return int(fd), nil
+}
+
+// sysConnect starts a connect; EINPROGRESS is its usual result.
+func sysConnect(fd int, a netip.AddrPort) error {
+	var e syscall.Errno
+	if a.Addr().Is4() {
+		sa := unix.RawSockaddrInet4{Family: unix.AF_INET, Port: bigEndian(a.Port()), Addr: a.Addr().As4()}
+		_, _, e = syscall.RawSyscall(syscall.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&sa)), unsafe.Sizeof(sa))
+	} else {
+		sa := unix.RawSockaddrInet6{Family: unix.AF_INET6, Port: bigEndian(a.Port()), Addr: a.Addr().As16(), Scope_id: zoneOf(a.Addr())}
+		_, _, e = syscall.RawSyscall(syscall.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&sa)), unsafe.Sizeof(sa))
+	}
+	if e != 0 {
+		return e
+	}
+	return nil
+}
+
+// bigEndian is a port as the kernel wants it in memory.
+func bigEndian(port uint16) uint16 {
+	var b [2]byte
+	binary.BigEndian.PutUint16(b[:], port)
+	return binary.NativeEndian.Uint16(b[:])
+}
+
+// sysClose closes a descriptor. The kernel releases it even where it reports an error, so that there is none to act on.
+func sysClose(fd int) { _, _, _ = syscall.RawSyscall(syscall.SYS_CLOSE, uintptr(fd), 0, 0) }
+
+// sysShutdown ends one direction of a connection.
+func sysShutdown(fd, how int) syscall.Errno {
+	_, _, e := syscall.RawSyscall(syscall.SYS_SHUTDOWN, uintptr(fd), uintptr(how), 0)
+	return e
+}
+
+// sysSetInt sets an integer option of a socket.
+func sysSetInt(fd, level, opt int, value int32) {
+	_, _, _ = syscall.RawSyscall6(syscall.SYS_SETSOCKOPT, uintptr(fd), uintptr(level), uintptr(opt), uintptr(unsafe.Pointer(&value)), 4, 0)
+}
+
+// sysEpollAdd adds a descriptor to an epoll set.
+func sysEpollAdd(epfd, fd int, events uint32) syscall.Errno {
+	ev := unix.EpollEvent{Events: events, Fd: int32(fd)}
+	_, _, e := syscall.RawSyscall6(syscall.SYS_EPOLL_CTL, uintptr(epfd), unix.EPOLL_CTL_ADD, uintptr(fd), uintptr(unsafe.Pointer(&ev)), 0, 0)
+	return e
 }
 
 // socketError takes the pending error of a socket (SO_ERROR).
