@@ -25,6 +25,9 @@ const (
 	maxDepth = 32
 	// maxIndent is how far the first word of a line may be indented. Units: characters.
 	maxIndent = 128
+	// maxKeys is how many keys may follow one another; the largest mapping of the format has fewer than a hundred. The time that the
+	// YAML library takes grows with its square.
+	maxKeys = 1000
 )
 
 // Version is the version of the file format.
@@ -129,6 +132,7 @@ func (p *fileParser) parseYAML(data []byte) (body ast.Node, ok bool) {
 // checkTokens refuses features of YAML that a policy does not need, and bounds the nesting.
 func (p *fileParser) checkTokens(tokens token.Tokens) bool {
 	depth, line := 0, 0
+	var keys [maxDepth + 2]int // by depth, since the last list entry or bracket of that depth
 	for _, tk := range tokens {
 		at := span{tk.Position.Line, tk.Position.Column, widthOf(tk)}
 		first := tk.Position.Line != line
@@ -145,8 +149,16 @@ func (p *fileParser) checkTokens(tokens token.Tokens) bool {
 			return false
 		case token.MappingStartType, token.SequenceStartType:
 			depth++
+			keys[min(depth, maxDepth+1)] = 0
 		case token.MappingEndType, token.SequenceEndType:
-			depth--
+			depth = max(depth-1, 0)
+		case token.SequenceEntryType:
+			keys[depth] = 0
+		case token.MappingValueType:
+			if keys[depth]++; keys[depth] > maxKeys {
+				p.fail(at, "more than %d keys follow one another", maxKeys)
+				return false
+			}
 		}
 		if depth > maxDepth || (first || tk.Type == token.SequenceEntryType) && depth <= 0 && tk.Position.Column > maxIndent {
 			p.fail(at, "nested too deep: the limit is %d brackets, or %d characters", maxDepth, maxIndent)

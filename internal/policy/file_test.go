@@ -152,6 +152,7 @@ func TestFileErrors(t *testing.T) {
 		"version: 1\ntests: [{connect: a.test, want: permit}]\n",
 		"version: 1\ntests: [{connect: .a.test:1, want: permit}, {connect: a.test:1, want: pass}, {connect: a.test:1, want: block, filter: x}, {connect: a.test:1, want: block, reason: x}, {want: block}]\n",
 		"version: 1\nx: \"\x1b[31m\"\n",
+		strings.Repeat("a:\n ", 2000), strings.Repeat("a: ", 2000), "- {" + strings.Repeat("a: 1, ", 2000) + "}", strings.Repeat("a: {}\n", 2000), "]" + strings.Repeat("a: {}\n", 2000),
 		"version: 1\nfilters: []\n" + strings.Repeat("nosuch: 1\n", 30),
 	} {
 		p, err := Parse("policy.yaml", []byte(in), (&bench{}).registry())

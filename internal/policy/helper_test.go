@@ -14,10 +14,9 @@ import (
 
 // bench counts the instances of a callout "watch" that are installed; it refuses to install where bad is set.
 type bench struct {
-	live  atomic.Int64
-	made  atomic.Int64
-	bad   atomic.Bool
-	names []string
+	live atomic.Int64
+	made atomic.Int64
+	bad  atomic.Bool
 }
 
 // watcher blocks connections to one remote port.

@@ -74,10 +74,11 @@ func (in *Installed) Replace(c Config) error {
 	if err != nil {
 		return err
 	}
+	oldFilters, oldSublayers := in.filters, in.sublayers
 	var filters []layers.FilterID
 	var sublayers []layers.SublayerID
 	err = in.engine.Update(func(tx *filter.Tx) error {
-		if err := in.deleteLocked(tx); err != nil {
+		if err := deleteAll(tx, oldFilters, oldSublayers); err != nil {
 			return err
 		}
 		filters, sublayers, err = plan.add(tx)
@@ -95,17 +96,14 @@ func (in *Installed) Replace(c Config) error {
 	return nil
 }
 
-// deleteLocked deletes everything of ours.
-//
-// +checklocks:in.mu
-func (in *Installed) deleteLocked(tx *filter.Tx) error {
-	for _, id := range in.filters {
-		// Somebody else may have deleted one; what is to be gone is gone.
+// deleteAll deletes filters and sublayers. Somebody else may have deleted one; what is to be gone is gone.
+func deleteAll(tx *filter.Tx, filters []layers.FilterID, sublayers []layers.SublayerID) error {
+	for _, id := range filters {
 		if err := tx.DeleteFilter(id); err != nil && !errors.Is(err, filter.ErrFilterNotFound) {
 			return err
 		}
 	}
-	for _, id := range in.sublayers {
+	for _, id := range sublayers {
 		if err := tx.DeleteSublayer(id); err != nil && !errors.Is(err, filter.ErrSublayerNotFound) {
 			return err
 		}
@@ -235,12 +233,13 @@ func (in *Installed) Close() error {
 	}
 	in.closed = true
 	err := closeAll(in.instances)
-	in.instances = nil
+	filters, sublayers := in.filters, in.sublayers
+	in.instances, in.filters, in.sublayers = nil, nil, nil
 	return errors.Join(err, in.engine.Update(func(tx *filter.Tx) error {
 		for _, kind := range decidedKinds {
 			tx.SetDefault(kind, layers.Permit)
 		}
-		return in.deleteLocked(tx)
+		return deleteAll(tx, filters, sublayers)
 	}))
 }
 
