@@ -40,6 +40,8 @@ type datagramFlow struct {
 	port   *publishedPort // UDP from a published port: its socket serves all its flows
 	client netip.AddrPort // of a published port, as the host sees it
 
+	accepted bool // with port: auth recv-accept was permitted
+
 	assigned bool // counted in the table's ports
 
 	bytesOut, bytesIn uint64
@@ -221,6 +223,14 @@ func (f *datagramFlow) classifyConnect(p *packet, op layers.OperationID) layers.
 
 // Pend implements layers.Pender. The datagram at hand and those that follow are the callout's to clone.
 func (f *datagramFlow) Pend(_ *layers.Indication, holder string) (*layers.PendedOp, error) {
+	return f.pend(layers.ALEAuthConnect.Layer(f.who.family()), holder, func(op *layers.PendedOp, c *layers.Clone) {
+		c.Release() // the clone of a datagram is injected, not handed to its completion
+		f.l.post(func() { f.completed(op) })
+	})
+}
+
+// pend suspends the flow at a layer.
+func (f *datagramFlow) pend(layer layers.ID, holder string, complete func(*layers.PendedOp, *layers.Clone)) (*layers.PendedOp, error) {
 	if f.op != nil {
 		return f.op, nil
 	}
@@ -228,10 +238,7 @@ func (f *datagramFlow) Pend(_ *layers.Indication, holder string) (*layers.Pended
 	if l.g.counters.pended.Load() >= int64(l.g.opts.MaxPending) {
 		return nil, layers.ErrPendLimit
 	}
-	f.op = layers.NewPendedOp(l.g.opID(), layers.ALEAuthConnect.Layer(f.who.family()), holder, l.g.opts.Ledger, func(op *layers.PendedOp, c *layers.Clone) {
-		c.Release() // the clone of a datagram is injected, not handed to its completion
-		l.post(func() { f.completed(op) })
-	})
+	f.op = layers.NewPendedOp(l.g.opID(), layer, holder, l.g.opts.Ledger, complete)
 	l.g.counters.pended.Add(1)
 	op := f.op
 	l.g.record(layers.RecordPend, op.Layer(), &f.who, nil, func(r *layers.Record) { r.Operation = op.ID() })
@@ -303,10 +310,14 @@ func (f *datagramFlow) refuse(p *packet, kind layers.Kind, d *layers.Decision) {
 // establish raises flow established.
 func (f *datagramFlow) establish() bool {
 	g := f.l.g
+	dir := layers.Outbound
+	if f.port != nil {
+		dir = layers.Inbound
+	}
 	id := layers.ALEFlowEstablished.Layer(f.who.family())
 	if g.wanted(id) {
 		s := &g.loopScratch
-		g.fill(s, layers.ALEFlowEstablished, &f.who, layers.Outbound)
+		g.fill(s, layers.ALEFlowEstablished, &f.who, dir)
 		if d := g.decide(s); d.Blocked() {
 			g.record(layers.RecordVerdict, id, &f.who, &d, nil)
 			f.end("blocked at flow established")
@@ -330,7 +341,8 @@ func (f *datagramFlow) indicateOut(p *packet) bool {
 func (f *datagramFlow) indicateIn(b []byte) bool {
 	g := f.l.g
 	data := layers.DatagramData.Layer(f.who.family())
-	if !g.inboundWanted() && !g.wanted(data) {
+	unknown := f.port != nil && !f.accepted // a client's first datagram
+	if !unknown && !g.inboundWanted() && !g.wanted(data) {
 		return true
 	}
 	h, err := wire.Parse(b)
@@ -341,7 +353,7 @@ func (f *datagramFlow) indicateIn(b []byte) bool {
 	v := layers.PacketView{IPHeader: b[:h.TransportStart:h.TransportStart], TransportHeader: b[h.TransportStart:h.PayloadStart:h.PayloadStart],
 		Payload: [][]byte{b[h.PayloadStart:]}, PayloadLen: len(b) - h.PayloadStart, Direction: layers.Inbound}
 	s := &g.loopScratch
-	if !g.inboundLayers(s, &f.who, v) {
+	if !g.inboundLayers(s, &f.who, v) || unknown && !f.authorizeAccept(s, v) {
 		return false
 	}
 	if !g.wanted(data) {

@@ -293,9 +293,11 @@ func (l *loop) writeFragments(b []byte, h *wire.Header) {
 	const fragHeader = header.IPv6FragmentHeaderSize
 	mtu, ipLen := int(l.g.link.MTU()), h.TransportStart
 	extra := 0
+	l.ipID++
 	if h.V6 {
 		extra = fragHeader
-		l.ipID++
+	} else {
+		binary.BigEndian.PutUint16(b[4:], l.ipID) // fragments of two packets must not be taken for one another's
 	}
 	step := (mtu - ipLen - extra) &^ 7
 	if step <= 0 {

@@ -22,6 +22,9 @@ func (g *Gateway) isDNS(remote netip.AddrPort) bool {
 // queryDNS hands a query over UDP to the handler. The answer comes back through the loop's queue.
 func (l *loop) queryDNS(p *packet) {
 	local, remote := p.local, p.remote
+	if !l.outboundPacket(p, &subject{proto: wire.UDP, local: local, remote: remote}) {
+		return
+	}
 	l.g.opts.DNS.HandleDNS(p.payload(), local, false, func(answer []byte) {
 		l.post(func() { l.answerDNS(local, remote, answer) })
 	})
@@ -29,11 +32,18 @@ func (l *loop) queryDNS(p *packet) {
 
 // answerDNS sends an answer over UDP to the program.
 func (l *loop) answerDNS(local, remote netip.AddrPort, answer []byte) {
+	if len(answer) > maxUDPPayload {
+		l.g.counters.drop(dropMalformed) // no datagram is that long
+		return
+	}
 	slot := make([]byte, headroom+len(answer))
 	copy(slot[headroom:], answer)
 	f := &datagramFlow{l: l, who: subject{proto: wire.UDP, local: local, remote: remote}}
 	l.deliverUDP(f, slot, len(answer))
 }
+
+// maxUDPPayload is the longest payload of a datagram over IPv4. Units: bytes.
+const maxUDPPayload = 65507
 
 // dnsStream answers queries over one TCP connection, in the order the answers come.
 //
@@ -108,7 +118,14 @@ func (s *dnsStream) answered(answer []byte) {
 	if s.f.state != stateOpen {
 		return
 	}
+	if s.waiting == 0 {
+		return // answered already
+	}
 	s.waiting--
+	if len(answer) > 0xffff {
+		s.f.reset("an answer longer than DNS can say")
+		return
+	}
 	s.out = binary.BigEndian.AppendUint16(s.out, uint16(len(answer)))
 	s.out = append(s.out, answer...)
 	s.queries()

@@ -23,7 +23,9 @@ func (l *loop) inputICMP(p *packet) {
 		return
 	}
 	if l.g.isStackAddr(p.h.Dst) {
-		l.answerEcho(p)
+		if l.outboundPacket(p, &subject{proto: p.h.Protocol, local: p.local, remote: p.remote}) {
+			l.answerEcho(p)
+		}
 		return
 	}
 	id := binary.BigEndian.Uint16(p.transport[4:])
@@ -44,17 +46,7 @@ func (l *loop) answerEcho(p *packet) {
 
 // deliverMessage sends an ICMP message to the program, in fragments where it is longer than the device takes.
 func (l *loop) deliverMessage(who *subject, message []byte) {
-	b := buildPacket(who.remote.Addr(), who.local.Addr(), who.proto, message)
-	if len(b) > int(l.g.link.MTU()) {
-		h, err := wire.Parse(b)
-		if err != nil {
-			l.g.counters.drop(dropMalformed)
-			return
-		}
-		l.writeFragments(b, &h)
-		return
-	}
-	l.write(b)
+	l.sendToProgram(who, buildPacket(who.remote.Addr(), who.local.Addr(), who.proto, message), 0, layers.InboundTransport)
 }
 
 // payload copies the payload of a consumed packet.

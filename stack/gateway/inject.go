@@ -60,7 +60,7 @@ func (g *Gateway) Inject(target layers.InjectTarget, t *layers.Taken, mark layer
 		case target == layers.InjectSend:
 			err = g.loop.injectSend(t, mark)
 		default:
-			err = g.loop.injectReceive(t, mark)
+			err = g.loop.injectReceive(t, mark, nil)
 		}
 		t.Done()
 		done(err)
@@ -97,8 +97,21 @@ func (l *loop) injectSend(t *layers.Taken, mark layers.InjectionMark) error {
 	return nil
 }
 
-// injectReceive enters a packet at the bottom of the inbound path.
-func (l *loop) injectReceive(t *layers.Taken, mark layers.InjectionMark) error {
+// markFor returns the mark of a packet that a completion by holder lets in: that of the injector of the same name, if one is open.
+func (i *injection) markFor(holder string, m layers.InjectionMark) layers.InjectionMark {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for id := 1; id <= layers.MaxInjectors; id++ {
+		if i.used[id] && i.names[id] == holder {
+			return m.By(uint8(id))
+		}
+	}
+	return m
+}
+
+// injectReceive enters a packet at the bottom of the inbound path. accept, which may be nil, authorises it after inbound network
+// and inbound transport.
+func (l *loop) injectReceive(t *layers.Taken, mark layers.InjectionMark, accept func(*scratch, layers.PacketView) bool) error {
 	g := l.g
 	h := &t.Header
 	if t.GSOSize == 0 && !h.ChecksumsValid(t.Bytes) {
@@ -117,7 +130,7 @@ func (l *loop) injectReceive(t *layers.Taken, mark layers.InjectionMark) error {
 	}
 	g.counters.packetsIn.Add(1)
 	s := &g.loopScratch
-	if g.inboundWanted() && !g.inboundLayers(s, &who, v) {
+	if g.inboundWanted() && !g.inboundLayers(s, &who, v) || accept != nil && !accept(s, v) {
 		return fmt.Errorf("injected packet: %w", errBlocked)
 	}
 	if data := layers.DatagramData.Layer(who.family()); h.Protocol != wire.TCP && g.wanted(data) {

@@ -98,9 +98,14 @@ func (g *Gateway) inboundPacket(pkt *stack.PacketBuffer) bool {
 	return g.inboundLayers(s, &who, v) && (!isSYN(&who, t) || g.inboundSYN(s, &who, v))
 }
 
-// inboundLayers raises inbound network and inbound transport.
+// inboundLayers raises inbound network and inbound transport. The data of a TCP connection was indicated at the stream layer before
+// netstack made segments of it: there the packet layers follow from the top down.
 func (g *Gateway) inboundLayers(s *scratch, who *subject, v layers.PacketView) bool {
-	for _, kind := range [2]layers.Kind{layers.InboundIPPacket, layers.InboundTransport} {
+	kinds := [2]layers.Kind{layers.InboundIPPacket, layers.InboundTransport}
+	if hasData(who, &v) {
+		kinds[0], kinds[1] = kinds[1], kinds[0]
+	}
+	for _, kind := range kinds {
 		id := kind.Layer(who.family())
 		if !g.wanted(id) {
 			continue
@@ -115,6 +120,14 @@ func (g *Gateway) inboundLayers(s *scratch, who *subject, v layers.PacketView) b
 		}
 	}
 	return true
+}
+
+// hasData reports whether a packet carries bytes or the end of a TCP connection.
+func hasData(who *subject, v *layers.PacketView) bool {
+	if who.proto != wire.TCP || len(v.TransportHeader) < header.TCPMinimumSize {
+		return false
+	}
+	return v.PayloadLen > 0 || header.TCP(v.TransportHeader).Flags().Contains(header.TCPFlagFin)
 }
 
 // isSYN reports whether a packet of netstack opens a connection to a program.
@@ -280,7 +293,16 @@ func (l *loop) sendToProgram(who *subject, b []byte, mark layers.InjectionMark, 
 			return false
 		}
 	}
-	return l.write(b)
+	if len(b) <= int(g.link.MTU()) {
+		return l.write(b)
+	}
+	h, err := wire.Parse(b)
+	if err != nil {
+		g.counters.drop(dropMalformed)
+		return false
+	}
+	l.writeFragments(b, &h)
+	return true
 }
 
 // write writes one whole packet to the device.

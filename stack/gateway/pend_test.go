@@ -462,3 +462,19 @@ func TestBlockAtFlowEstablished(t *testing.T) {
 		}
 	})
 }
+
+// acceptHolder is a holder at auth recv-accept: it permits what its own injector let in.
+type acceptHolder struct {
+	holder
+	inj  atomic.Pointer[layers.Injector]
+	mine atomic.Int64
+}
+
+// Classify implements layers.Callout.
+func (h *acceptHolder) Classify(in *layers.Indication) layers.Verdict {
+	if inj := h.inj.Load(); inj != nil && inj.State(in.Packet).Mine() {
+		h.mine.Add(1)
+		return layers.PermitSoft()
+	}
+	return h.holder.Classify(in)
+}

@@ -283,7 +283,11 @@ func (g *Gateway) inboundSYN(s *scratch, who *subject, v layers.PacketView) bool
 		g.syns.hold(key)
 		return false
 	}
-	return !g.syns.holds(key)
+	if g.syns.holds(key) {
+		g.counters.drop(dropPended)
+		return false
+	}
+	return true
 }
 
 // authorizeAccept raises auth recv-accept for a connection from a published port, after inbound network and inbound transport.
@@ -300,10 +304,14 @@ func (f *tcpFlow) authorizeAccept(s *scratch, v layers.PacketView) bool {
 	ind.Meta.Mark(layers.MetaCompletionHandle)
 	g.lend(s, v)
 	d := g.decide(s)
-	switch {
-	case f.op != nil && d.Absorb:
+	if d.Blocked() && d.Absorb && f.op != nil {
 		return false
-	case d.Blocked():
+	}
+	if f.op != nil {
+		f.endPend(layers.PendStopped) // a callout pended, and then the final decision was not its own
+		f.l.stop(f.timer)
+	}
+	if d.Blocked() {
 		in.blocked = &d
 		return false
 	}
@@ -330,7 +338,9 @@ func (a acceptPender) Pend(_ *layers.Indication, holder string) (*layers.PendedO
 	}
 	l := f.l
 	f.op = layers.NewPendedOp(l.g.opID(), layers.ALEAuthRecvAccept.Layer(f.who.family()), holder, l.g.opts.Ledger, func(op *layers.PendedOp, c *layers.Clone) {
-		l.post(func() { f.acceptCompleted(op, c) })
+		if !l.post(func() { f.acceptCompleted(op, c, holder) }) {
+			c.Release()
+		}
 	})
 	op := f.op
 	l.g.counters.pended.Add(1)
@@ -348,8 +358,8 @@ func (a acceptPender) Pend(_ *layers.Indication, holder string) (*layers.PendedO
 }
 
 // acceptCompleted runs on the loop after the callout completed op: with the clone of the SYN the connection goes on, without it
-// is refused.
-func (f *tcpFlow) acceptCompleted(op *layers.PendedOp, c *layers.Clone) {
+// is refused. The clone is authorised on its way in, where the callout finds it injected by itself.
+func (f *tcpFlow) acceptCompleted(op *layers.PendedOp, c *layers.Clone, holder string) {
 	defer c.Release()
 	if f.state != stateHandshake || f.op != op {
 		return
@@ -361,18 +371,41 @@ func (f *tcpFlow) acceptCompleted(op *layers.PendedOp, c *layers.Clone) {
 		f.refuseClient()
 		return
 	}
-	f.inbound.decided = true
-	f.l.g.syns.letGo(f.key)
-	f.timer = f.l.after(handshakeTimeout, func() { f.reset("the program did not answer") })
 	t, err := c.Take("accept completion")
 	if err != nil {
 		f.reset(err.Error())
 		return
 	}
 	defer t.Done()
-	if err := f.l.injectReceive(t, t.Mark); err != nil {
+	g := f.l.g
+	err = f.l.injectReceive(t, g.inject.markFor(holder, t.Mark), func(s *scratch, v layers.PacketView) bool {
+		d := g.authorizeCompleted(s, &f.who, v, op)
+		if d.Blocked() {
+			f.inbound.blocked = &d
+			return false
+		}
+		g.record(layers.RecordVerdict, op.Layer(), &f.who, &d, func(r *layers.Record) { r.Original = f.inbound.client })
+		f.inbound.decided = true
+		g.syns.letGo(f.key)
+		return true
+	})
+	switch {
+	case f.inbound.blocked != nil:
+		f.refuseClient()
+	case err != nil:
 		f.reset(err.Error())
+	default:
+		f.timer = f.l.after(handshakeTimeout, func() { f.reset("the program did not answer") })
 	}
+}
+
+// authorizeCompleted raises auth recv-accept for the clone that a completion lets in; it cannot be pended again.
+func (g *Gateway) authorizeCompleted(s *scratch, who *subject, v layers.PacketView, op *layers.PendedOp) layers.Decision {
+	in := g.fill(s, layers.ALEAuthRecvAccept, who, layers.Inbound)
+	in.Meta.Operation = op.ID()
+	in.Meta.Mark(layers.MetaOperationID)
+	g.lend(s, v)
+	return g.decide(s)
 }
 
 // receive takes datagrams of clients and passes them to the program.
@@ -392,7 +425,7 @@ func (p *publishedPort) receive() {
 	}
 }
 
-// flowOf finds or authorises the flow of a client.
+// flowOf finds or makes the flow of a client. It is authorised by its first datagram.
 func (p *publishedPort) flowOf(client netip.AddrPort) *datagramFlow {
 	l := p.l
 	t := &l.g.datagrams
@@ -410,20 +443,89 @@ func (p *publishedPort) flowOf(client netip.AddrPort) *datagramFlow {
 	f.who = subject{proto: wire.UDP, local: p.Program, remote: shown}
 	f.who.flow = l.g.newFlow(func() { f.end("aborted by a callout") })
 	f.enter()
-	id := layers.ALEAuthRecvAccept.Layer(f.who.family())
-	if l.g.wanted(id) {
-		l.g.fill(&l.g.loopScratch, layers.ALEAuthRecvAccept, &f.who, layers.Inbound)
-		if d := l.g.decide(&l.g.loopScratch); d.Blocked() {
-			l.g.record(layers.RecordVerdict, id, &f.who, &d, func(r *layers.Record) { r.Original = client })
-			l.g.counters.drop(dropPolicy)
-			f.end("")
-			return nil
-		}
-	}
-	if !f.establish() {
-		return nil
-	}
 	return f
+}
+
+// authorizeAccept raises auth recv-accept for the first datagram of a client, after inbound network and inbound transport. It
+// reports whether the datagram may go on.
+func (f *datagramFlow) authorizeAccept(s *scratch, v layers.PacketView) bool {
+	g := f.l.g
+	id := layers.ALEAuthRecvAccept.Layer(f.who.family())
+	if !g.wanted(id) {
+		f.accepted = true
+		return f.establish()
+	}
+	in := g.fill(s, layers.ALEAuthRecvAccept, &f.who, layers.Inbound)
+	in.Pender = datagramAcceptPender{f}
+	in.Meta.Mark(layers.MetaCompletionHandle)
+	g.lend(s, v)
+	d := g.decide(s)
+	if d.Blocked() && d.Absorb {
+		if f.op != nil {
+			g.counters.drop(dropPended)
+			return false
+		}
+		g.counters.drop(dropAbsorbed)
+		f.end("")
+		return false
+	}
+	if f.op != nil {
+		f.endPend(layers.PendStopped) // a callout pended, and then the final decision was not its own
+	}
+	return f.acceptDecided(&d)
+}
+
+// acceptDecided acts on the decision about a client.
+func (f *datagramFlow) acceptDecided(d *layers.Decision) bool {
+	g := f.l.g
+	g.record(layers.RecordVerdict, layers.ALEAuthRecvAccept.Layer(f.who.family()), &f.who, d, func(r *layers.Record) { r.Original = f.client })
+	if d.Blocked() {
+		g.counters.drop(dropPolicy)
+		f.end("")
+		return false
+	}
+	f.accepted = true
+	return f.establish()
+}
+
+// datagramAcceptPender suspends the acceptance of a client's datagrams.
+type datagramAcceptPender struct{ f *datagramFlow }
+
+// Pend implements layers.Pender. The datagram at hand and those that follow are the callout's to clone.
+func (a datagramAcceptPender) Pend(_ *layers.Indication, holder string) (*layers.PendedOp, error) {
+	f := a.f
+	return f.pend(layers.ALEAuthRecvAccept.Layer(f.who.family()), holder, func(op *layers.PendedOp, c *layers.Clone) {
+		if !f.l.post(func() { f.acceptCompleted(op, c, holder) }) {
+			c.Release()
+		}
+	})
+}
+
+// acceptCompleted runs on the loop after the callout completed op, as that of a connection does.
+func (f *datagramFlow) acceptCompleted(op *layers.PendedOp, c *layers.Clone, holder string) {
+	defer c.Release()
+	if f.op != op || f.lru == nil {
+		return
+	}
+	f.endPend(layers.PendCompleted)
+	if c == nil {
+		f.acceptDecided(&layers.Decision{Action: layers.Block, Hard: true, Reason: layers.ReasonPendDenied})
+		return
+	}
+	t, err := c.Take("accept completion")
+	if err != nil {
+		f.end(err.Error())
+		return
+	}
+	defer t.Done()
+	g := f.l.g
+	err = f.l.injectReceive(t, g.inject.markFor(holder, t.Mark), func(s *scratch, v layers.PacketView) bool {
+		d := g.authorizeCompleted(s, &f.who, v, op)
+		return f.acceptDecided(&d)
+	})
+	if err != nil && !f.accepted {
+		f.end(err.Error())
+	}
 }
 
 // sendTo sends a program's answer to a client of a published port.

@@ -535,7 +535,7 @@ func (g *Gateway) targetOf(remote netip.AddrPort) netip.AddrPort {
 // connect starts a non-blocking connect and, where the kernel finishes it at once, goes on.
 func (f *tcpFlow) connect() error {
 	l := f.l
-	fd, err := unix.Socket(familyOf(f.target.Addr()), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	fd, err := sysSocket(familyOf(f.target.Addr()), unix.SOCK_STREAM, unix.IPPROTO_TCP)
 	if err != nil {
 		return err
 	}
@@ -546,7 +546,7 @@ func (f *tcpFlow) connect() error {
 		}
 	}
 	prepareHostSocket(fd)
-	err = unix.Connect(fd, sockaddr(f.target))
+	err = sysConnect(fd, f.target)
 	if err != nil && err != unix.EINPROGRESS {
 		return err
 	}
@@ -566,9 +566,9 @@ func (f *tcpFlow) connect() error {
 // prepareHostSocket sets what the relay relies on. The program's own Nagle has already acted, and urgent data stays in line so
 // that no byte is lost. The options exist on every Linux; a failure costs latency, not correctness.
 func prepareHostSocket(fd int) {
-	_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+	sysSetInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	sysSetInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
+	sysSetInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
 }
 
 // dialFailed shows the program what its own kernel would have found.
@@ -653,7 +653,11 @@ func (f *tcpFlow) establish(l *loop) {
 	id := layers.ALEFlowEstablished.Layer(f.who.family())
 	if g.wanted(id) {
 		s := &g.loopScratch
-		g.fill(s, layers.ALEFlowEstablished, &f.who, layers.Outbound)
+		dir := layers.Outbound
+		if f.inbound != nil {
+			dir = layers.Inbound
+		}
+		g.fill(s, layers.ALEFlowEstablished, &f.who, dir)
 		if d := g.decide(s); d.Blocked() {
 			g.record(layers.RecordVerdict, id, &f.who, &d, nil)
 			l.post(func() { f.reset("blocked at flow established") })
@@ -759,7 +763,7 @@ func (f *tcpFlow) abandon(why string) {
 func (f *tcpFlow) closeHost() {
 	if f.fd >= 0 {
 		f.l.forget(f.fd)
-		unix.Close(f.fd)
+		sysClose(f.fd)
 		f.fd = -1
 	}
 }
