@@ -9,7 +9,6 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/wfpstack/wfpstack/internal/need"
 	"github.com/wfpstack/wfpstack/layers"
 )
 
@@ -82,29 +81,46 @@ func TestLoad(t *testing.T) {
 	}
 }
 
-// TestLoadOwner gives the file and its folder to somebody else, which only root can do.
-func TestLoadOwner(t *testing.T) {
-	need.Root(t)
-	dir := filepath.Join(t.TempDir(), "d")
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(dir, "policy.yaml")
-	write(t, path, "version: 1\n", 0o644)
-	if err := os.Chown(path, 12345, -1); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Load(path, nil); !errors.Is(err, ErrUnsafe) || !strings.Contains(err.Error(), "belongs to uid 12345") || !strings.HasSuffix(err.Error(), "; sudo chown 0 "+path) {
-		t.Errorf("somebody else's file: %v", err)
-	}
-	if _, err := readSafe(path, 12345); err != nil {
-		t.Errorf("for its owner: %v", err)
-	}
-	if err := errors.Join(os.Chown(path, 0, -1), os.Chown(dir, 12345, -1)); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Load(path, nil); !errors.Is(err, ErrUnsafe) || !strings.Contains(err.Error(), "its folder") {
-		t.Errorf("somebody else's folder: %v", err)
+// info is a file of an owner with a mode.
+type info struct {
+	fs.FileInfo
+	mode fs.FileMode
+	uid  uint32
+}
+
+func (i info) Mode() fs.FileMode { return i.mode }
+func (i info) Sys() any          { return &syscall.Stat_t{Uid: i.uid} }
+
+// TestOwner asks for uid 1000 who may own a file or a folder, and with which modes.
+func TestOwner(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		uid    uint32
+		mode   fs.FileMode
+		folder bool
+		want   string
+	}{
+		{"own", 1000, 0o644, false, ""},
+		{"root's", 0, 0o644, false, ""},
+		{"somebody's", 12345, 0o600, false, "policy file /x belongs to uid 12345, neither to root nor to uid 1000: others could have written it: invalid; sudo chown 1000 /x"},
+		{"nobody's", overflowUID, 0o600, false, "policy file /x belongs to uid 65534, neither to root nor to uid 1000: others could have written it: invalid; sudo chown 1000 /x"},
+		{"group", 1000, 0o660, false, "policy file /x has mode -rw-rw----: others could have written it: invalid; chmod go-w /x"},
+		{"all", 0, 0o646, false, "policy file /x has mode -rw-r--rw-: others could have written it: invalid; chmod go-w /x"},
+		{"sticky file", 1000, 0o666 | fs.ModeSticky, false, "policy file /x has mode -rw-rw-rw-: others could have written it: invalid; chmod go-w /x"},
+		{"own folder", 1000, fs.ModeDir | 0o755, true, ""},
+		{"sticky folder", 0, fs.ModeDir | fs.ModeSticky | 0o777, true, ""},
+		{"open folder", 0, fs.ModeDir | 0o777, true, "/x has mode -rwxrwxrwx: others could have written it: invalid; chmod go-w /x"},
+		{"somebody's folder", 12345, fs.ModeDir | 0o755, true, "/x belongs to uid 12345, neither to root nor to uid 1000: others could have written it: invalid; sudo chown 1000 /x"},
+		{"folder outside the namespace", overflowUID, fs.ModeDir | 0o755, true, ""},
+	} {
+		err := checkOwner("/x", info{mode: tc.mode, uid: tc.uid}, 1000, tc.folder)
+		got := ""
+		if err != nil {
+			got = err.Error()
+		}
+		if got != tc.want || err != nil && !errors.Is(err, ErrUnsafe) {
+			t.Errorf("%s: got %q, want %q", tc.name, got, tc.want)
+		}
 	}
 }
 
