@@ -349,7 +349,9 @@ func TestExecDescendants(t *testing.T) {
 			t.Errorf("the descendant was waited for: %v", r.took)
 		}
 		// Without the flag a signal after the command's end ends those who are left.
-		p := start(t, "exec", "--", "sh", "-c", `trap '' TERM; (while :; do sleep 0.05; done) & exit 4`)
+		left := filepath.Join(dir, "left")
+		p := start(t, "exec", "--", "sh", "-c", fmt.Sprintf(`trap '' TERM; (: > %s; while :; do sleep 0.05; done) & exit 4`, left))
+		eventually(t, "the descendant to run", func() bool { _, err := os.Stat(left); return err == nil })
 		ended := make(chan result, 1)
 		go func() { ended <- p.wait() }() // owner: the test, which waits for the result
 		for {
@@ -358,7 +360,7 @@ func TestExecDescendants(t *testing.T) {
 				r.want(t, 4)
 				return
 			case <-time.After(20 * time.Millisecond):
-				_ = p.cmd.Process.Signal(syscall.SIGTERM) // the early ones go to the command, which ignores them
+				_ = p.cmd.Process.Signal(syscall.SIGTERM) // while the command is there it gets them, and ignores them
 			}
 		}
 	})

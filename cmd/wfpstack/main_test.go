@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/wfpstack/wfpstack/internal/need"
@@ -44,7 +45,18 @@ func TestMain(m *testing.M) {
 	case os.Getenv(programEnv) != "":
 		os.Exit(Main(os.Args[1:], streams{os.Stdin, os.Stdout, os.Stderr}))
 	}
-	os.Exit(m.Run())
+	// The race detector waits a second at the end of every process, and there are hundreds of them here.
+	if os.Getenv("GORACE") == "" {
+		if err := os.Setenv("GORACE", "atexit_sleep_ms=0"); err != nil {
+			panic(err)
+		}
+	}
+	code := m.Run()
+	if err := goleak.Find(); code == 0 && err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
 }
 
 // testExe is the path of the test binary, as commands inside can execute it.

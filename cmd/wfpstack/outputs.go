@@ -66,7 +66,7 @@ func (f *commonFlags) openOutputs(instance string, console, dash *os.File) (*out
 		o.close = append(o.close, w.Close)
 		all = append(all, w)
 	}
-	o.logger = slog.New(&lineHandler{w: o.lines, level: level, mu: new(sync.Mutex)})
+	o.logger = slog.New(&lineHandler{w: o.lines, level: level})
 	o.recorder = all
 	return o, nil
 }
@@ -136,8 +136,7 @@ func appendWord(b []byte, word string, r *layers.Record) []byte {
 
 // lineHandler prints log records as our other lines are: no time, for they stand between those of a command.
 type lineHandler struct {
-	mu    *sync.Mutex // shared with the handlers derived from this one
-	w     io.Writer
+	w     io.Writer // a file, whose writes of one line each need no lock
 	level slog.Level
 	attrs []slog.Attr
 }
@@ -156,8 +155,6 @@ func (h *lineHandler) Handle(_ context.Context, r slog.Record) error {
 		add(a)
 	}
 	r.Attrs(add)
-	h.mu.Lock()
-	defer h.mu.Unlock()
 	_, err := h.w.Write(append(b, '\n'))
 	return err
 }

@@ -271,7 +271,7 @@ func TestVerboseLines(t *testing.T) {
 
 func TestLineHandler(t *testing.T) {
 	var out bytes.Buffer
-	log := slog.New(&lineHandler{mu: new(sync.Mutex), w: &out, level: slog.LevelWarn})
+	log := slog.New(&lineHandler{w: &out, level: slog.LevelWarn})
 	log.Info("silent")
 	log.With("a", 1).Warn("said", "b", "two\nlines")
 	if want := "wfpstack: said  a=\"1\"  b=\"two\\nlines\"\n"; out.String() != want {
