@@ -28,11 +28,12 @@ func Open(path string) (*NS, error) {
 // New makes a namespace with the loopback up, and IPv6 addresses that are usable at once.
 func New() (*NS, error) {
 	n := &NS{}
-	err := onThread(func() error {
+	err := inside(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("make a network namespace: %w", err)
 		}
-		var err error
+		return nil
+	}, func() (err error) {
 		n.file, err = os.Open("/proc/thread-self/ns/net")
 		return err
 	})
@@ -67,12 +68,12 @@ func (n *NS) Mount(path string) (undo func(), err error) {
 
 // Do calls f on a thread inside the namespace.
 func (n *NS) Do(f func() error) error {
-	return onThread(func() error {
+	return inside(func() error {
 		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("enter a network namespace: %w", err)
 		}
-		return f()
-	})
+		return nil
+	}, f)
 }
 
 type call struct {
@@ -84,25 +85,40 @@ type call struct {
 // that started them (Pdeathsig), so it must not be one that the runtime ends.
 var calls = sync.OnceValue(func() chan<- call {
 	ch := make(chan call)
-	go func() { // as long as the process
-		runtime.LockOSThread()
-		home, err := os.Open("/proc/thread-self/ns/net")
-		for c := range ch {
-			if err != nil {
-				c.done <- err
-				continue
-			}
-			result := c.f()
-			if err := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); err != nil {
-				panic(fmt.Sprint("cannot return to the first network namespace: ", err))
-			}
-			c.done <- result
-		}
-	}()
+	go serve(ch) // as long as the process
 	return ch
 })
 
-// onThread calls f on that thread, which is back in its own namespace afterwards. f must not use it again.
+func serve(ch <-chan call) {
+	runtime.LockOSThread()
+	for c := range ch {
+		c.done <- c.f()
+	}
+}
+
+// Start starts a command in the namespace of this process, on the thread that all children are started from. A command with a
+// Pdeathsig lives as long as this process then.
+func Start(cmd *exec.Cmd) error { return onThread(cmd.Start) }
+
+// inside calls f on that thread, in a namespace that enter leads to. f must not use the thread again.
+func inside(enter, f func() error) error {
+	return onThread(func() error {
+		home, err := os.Open("/proc/thread-self/ns/net")
+		if err != nil {
+			return err
+		}
+		defer home.Close()
+		if err := enter(); err != nil {
+			return err
+		}
+		err = f()
+		if err := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); err != nil {
+			panic(fmt.Sprint("cannot return to the first network namespace: ", err))
+		}
+		return err
+	})
+}
+
 func onThread(f func() error) error {
 	c := call{f, make(chan error)}
 	calls() <- c
