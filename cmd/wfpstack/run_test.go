@@ -147,6 +147,43 @@ func TestRun(t *testing.T) {
 	}
 }
 
+// TestRunDropsCapabilities looks at a daemon that is ready: it has none that it does not need, on any thread.
+func TestRunDropsCapabilities(t *testing.T) {
+	ns := namespace(t)
+	env, next := notifySocket(t)
+	log := filepath.Join(t.TempDir(), "log")
+	p := startWith(t, []string{env}, "run", "--tun", "wfptest2", "--netns", ns, "-v", "--log-file", log)
+	if got := next(); got != "READY=1" {
+		t.Fatalf("first message %q", got)
+	}
+	text, err := os.ReadFile(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cgo := strings.Contains(string(text), "CGO_ENABLED=0")
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", p.cmd.Process.Pid))
+	if err != nil || len(tasks) == 0 {
+		t.Fatalf("no threads: %v", err)
+	}
+	want := fmt.Sprintf("CapEff:\t%016x\n", uint64(keptCaps))
+	for _, task := range tasks {
+		status, err := os.ReadFile(task)
+		if err != nil {
+			continue // the thread has ended
+		}
+		if !cgo && !strings.Contains(string(status), want) {
+			t.Errorf("%s: not %q:\n%s", task, want, status)
+		}
+	}
+	if cgo {
+		t.Log("this build uses cgo, and says so: capabilities stay")
+	}
+	if err := p.cmd.Process.Signal(syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	p.wait().want(t, 0)
+}
+
 // safeDir is a folder that nobody else can write to, all the way up.
 func safeDir(t *testing.T) string {
 	t.Helper()
