@@ -136,7 +136,9 @@ func (l *loop) embryonicSegment(f *tcpFlow, p *packet, flags header.TCPFlags) {
 		}
 		l.g.counters.drop(dropPended)
 	case f.state == stateHandshake:
-		f.establish(l)
+		if !flags.Contains(header.TCPFlagSyn) {
+			f.establish(l) // towards a program, netstack's last acknowledgement comes first
+		}
 		l.toEndpoint(f, p)
 	default:
 		l.g.counters.drop(dropNoFlow)
