@@ -221,7 +221,7 @@ var programs = []program{
 	},
 	{
 		name: "iperf3 UDP", needs: []string{"iperf3"}, proto: "udp", serve: iperf, code: 0, says: `"error":.*(unreachable|denied|unable)`, bytes: 1 << 20,
-		client:    func(t *testing.T, p peer) job { return iperfJob(p, "-u", "-b", "20M") },
+		client:    func(t *testing.T, p peer) job { return iperfJob(p, "-u", "-b", "20M", "-l", "1200") },
 		permitted: iperfMoved(true),
 	},
 	{
@@ -389,13 +389,8 @@ func (row *program) peer(t *testing.T, p *place, f family) peer {
 	return peer
 }
 
-// remote is the peer as events name it.
-func (row *program) remote(p peer) string {
-	if row.proto == "icmp" {
-		return p.host()
-	}
-	return p.hostport()
-}
+// remote is the peer as events name it; in the place of a port, ICMP has the code of an echo request, 0.
+func (row *program) remote(p peer) string { return p.hostport() }
 
 // protocol is the protocol as events name it.
 func (row *program) protocol(f family) string {
@@ -459,7 +454,11 @@ func (row *program) testBlock(t *testing.T, p *place, f family) {
 			t.Errorf("event %+v, want reason FILTER, filter %q, outbound, at ale_auth_connect_%s", e, filter, f)
 		}
 	}
-	line := regexp.MustCompile(`BLOCK ` + row.protocol(f) + ` .*` + regexp.QuoteMeta(row.remote(peer)) + `.*reason FILTER, filter "` + regexp.QuoteMeta(filter) + `"`)
+	shown := row.remote(peer)
+	if row.proto == "icmp" {
+		shown = peer.host()
+	}
+	line := regexp.MustCompile(`BLOCK ` + row.protocol(f) + ` .*` + regexp.QuoteMeta(shown) + `.*reason FILTER, filter "` + regexp.QuoteMeta(filter) + `"`)
 	if !line.MatchString(r.own) {
 		t.Errorf("no line matches %s", line)
 	}
