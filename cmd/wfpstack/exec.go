@@ -49,7 +49,7 @@ func newExec(std streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:                   "exec [flags] -- CMD ARGS…",
 		Short:                 "Run a program behind the stack, without root",
-		Long:                  execLong,
+		Long:                  execLong + "\n\n" + calloutHelp(),
 		Example:               execExample,
 		DisableFlagsInUseLine: true,
 		Args: func(_ *cobra.Command, args []string) error {

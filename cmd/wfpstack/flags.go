@@ -39,7 +39,7 @@ func (f *commonFlags) register(flags *pflag.FlagSet) {
 	flags.StringVar(&f.policy.defaultAction, "default", "", "what becomes of connections that no filter decides: `permit|block` (default permit)")
 	flags.StringArrayVar(&f.policy.allow, "allow", nil, "permit what `SPEC` says (repeatable)")
 	flags.StringArrayVar(&f.policy.block, "block", nil, "block what `SPEC` says (repeatable)")
-	flags.StringArrayVar(&f.policy.callouts, "callout", nil, "install a callout: `NAME[:key=value,…]` (repeatable)")
+	flags.StringArrayVar(&f.policy.callouts, "callout", nil, "install a callout: `NAME[:key=value,...]` (repeatable)")
 	flags.StringArrayVarP(&f.publish, "publish", "p", nil, "lead a port of the host to a port of the program: `[ADDRESS:]HOSTPORT:PORT[/udp]` (repeatable)")
 	flags.StringVar(&f.events, "events", "", "write what happens to `FILE` as NDJSON; - is standard error (run: standard output)")
 	flags.IntVar(&f.mtu, "mtu", 0, "MTU of the device in `BYTES` (default 65520)")

@@ -50,6 +50,46 @@ func TestParsePublish(t *testing.T) {
 	}
 }
 
+// FuzzParsePublish accepts nothing that could not be bound.
+func FuzzParsePublish(f *testing.F) {
+	for _, seed := range []string{"8080:80", "[::1]:8080:80/udp", "127.0.0.1:1:2/tcp", ":::", "[:1:2", "fe80::1%eth0:1:2"} {
+		f.Add(seed)
+	}
+	p4, p6 := netip.MustParseAddr("198.18.0.2"), netip.MustParseAddr("fd77::2")
+	f.Fuzz(func(t *testing.T, text string) {
+		all, err := parsePublish(text, p4, p6, true)
+		if (err == nil) != (len(all) > 0) {
+			t.Fatalf("%q: %d ports and error %v", text, len(all), err)
+		}
+		for _, p := range all {
+			if !p.Host.IsValid() || p.Host.Port() == 0 || p.Program.Port() == 0 || p.Host.Addr().Is4() != p.Program.Addr().Is4() {
+				t.Errorf("%q: %v to %v", text, p.Host, p.Program)
+			}
+		}
+	})
+}
+
+// FuzzParseNetwork accepts nothing in which program and stack could not talk to one another.
+func FuzzParseNetwork(f *testing.F) {
+	for _, seed := range []string{"10.0.0.2/24", "fd00::2/64", "0.0.0.1/0", "255.255.255.254/30", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffe/126", "::1/0"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		n, err := parseNetwork([]string{text})
+		if err != nil {
+			return
+		}
+		for _, pair := range []struct {
+			program netip.Prefix
+			stack   netip.Addr
+		}{{n.program4, n.stack4}, {n.program6, n.stack6}} {
+			if !pair.program.Contains(pair.stack) || pair.program.Addr() == pair.stack || pair.stack == pair.program.Masked().Addr() {
+				t.Errorf("%q: program %v, stack %v", text, pair.program, pair.stack)
+			}
+		}
+	})
+}
+
 func publishText(all []gateway.Publish) string {
 	var parts []string
 	for _, p := range all {

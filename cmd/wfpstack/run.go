@@ -59,7 +59,7 @@ func newRun(std streams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:                   "run [flags]",
 		Short:                 "Be the stack behind a TUN device, as a daemon",
-		Long:                  runLong,
+		Long:                  runLong + "\n\n" + calloutHelp(),
 		Example:               runExample,
 		DisableFlagsInUseLine: true,
 		Args:                  noArgs,

@@ -292,3 +292,34 @@ func TestDoctor(t *testing.T) {
 	}
 	wfpstack(t, "doctor", "-o", "xml").want(t, 2)
 }
+
+// TestRunMark marks the connections of the stack, and those of the resolver.
+func TestRunMark(t *testing.T) {
+	need.Root(t)
+	f := &runFlags{mark: 0x51820}
+	pc, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pc.Close()
+	conn, err := f.dialMarked(t.Context(), "udp", pc.LocalAddr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	raw, err := conn.(*net.UDPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mark int
+	var markErr error
+	if err := raw.Control(func(fd uintptr) { mark, markErr = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK) }); err != nil {
+		t.Fatal(err)
+	}
+	if markErr != nil || mark != 0x51820 {
+		t.Errorf("mark %#x, %v", mark, markErr)
+	}
+	if err := f.setMark(-1); err == nil || !strings.Contains(err.Error(), "--mark") {
+		t.Errorf("a descriptor that is none: %v", err)
+	}
+}
