@@ -425,3 +425,50 @@ func TestExecTraceLayers(t *testing.T) {
 		}
 	})
 }
+
+// TestExecEndsBesideSilentServer does not wait for a server that keeps its side open, but for one that reads slowly.
+func TestExecEndsBesideSilentServer(t *testing.T) {
+	everyUser(t, func(t *testing.T) {
+		ln, err := net.Listen("tcp4", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		to := fmt.Sprintf("198.18.0.1:%d", ln.Addr().(*net.TCPAddr).Port)
+		conns := make(chan net.Conn, 2) // one for each run
+		go func() {                     // owner: the test; ln.Close ends it
+			for {
+				conn, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				conns <- conn
+			}
+		}()
+		r := wfpstack(t, append([]string{"exec", "--host-loopback", "--"}, actor("push", to, "10")...)...)
+		r.want(t, 0)
+		if r.took > drainTime/2 {
+			t.Errorf("it waited for a server that says nothing: %v", r.took)
+		}
+		silent := <-conns
+		defer silent.Close()
+
+		const size = 16 << 20
+		p := start(t, append([]string{"exec", "--host-loopback", "--"}, actor("push", to, fmt.Sprint(size))...)...)
+		slow := <-conns
+		defer slow.Close()
+		got, buf := 0, make([]byte, 64<<10)
+		for {
+			n, err := slow.Read(buf)
+			got += n
+			if err != nil {
+				break
+			}
+			time.Sleep(2 * time.Millisecond) // a slow reader, not a wait for anything
+		}
+		if got != size {
+			t.Errorf("%d bytes arrived, want %d", got, size)
+		}
+		p.wait().want(t, 0)
+	})
+}

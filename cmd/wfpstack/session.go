@@ -5,7 +5,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"time"
 
 	"github.com/wfpstack/wfpstack/callouts"
 	"github.com/wfpstack/wfpstack/internal/names"
@@ -115,29 +114,6 @@ func (s *session) attach(dev tun.Device, sockDiag *os.File) error {
 	}
 	s.inject.connect(s.gateway)
 	return nil
-}
-
-// drainTime bounds how long a session waits for what the programs sent before they ended.
-const drainTime = 3 * time.Second
-
-// drain waits until what ended programs sent has left: their kernel goes on sending after they are gone, and so must we. The
-// device says nothing about what waits in it, so that silence for two looks in a row counts as its end.
-func (s *session) drain() {
-	const pause = time.Millisecond
-	deadline := time.Now().Add(drainTime)
-	last, quiet := s.gateway.Stats().PacketsOut, 0
-	for quiet < 2 && time.Now().Before(deadline) {
-		select {
-		case <-s.gateway.Done():
-			return
-		case <-time.After(pause):
-		}
-		now := s.gateway.Stats()
-		if quiet++; now.Flows > 0 || now.PacketsOut != last {
-			quiet = 0
-		}
-		last = now.PacketsOut
-	}
 }
 
 // Close ends what newSession and attach began. The gateway is first: without filters it would permit what they blocked.
