@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -128,6 +129,50 @@ func TestLossyDevice(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestALostTailIsRecoveredInOneTimeout: a burst of segments is lost and nothing follows it. One retransmission timeout finds out, and
+// the rest comes at once, not two segments a timeout.
+func TestALostTailIsRecoveredInOneTimeout(t *testing.T) {
+	eachFamily(t, func(t *testing.T, f family) {
+		var lossy atomic.Bool
+		var lost atomic.Int64
+		o := pairOptions{quiet: true}
+		o.device.Lose = func(int, [][]byte) bool {
+			if lossy.Load() {
+				lost.Add(1)
+			}
+			return lossy.Load()
+		}
+		a, b := pair(t, o)
+		c, s := connected(t, a, b, f)
+		done := make(chan error, 1) // the end of the one reader
+		go func() { _, err := io.Copy(io.Discard, s); done <- err }()
+		chunk := make([]byte, 1000)
+		write := func(n int) {
+			for range n {
+				if _, err := c.Write(chunk); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		write(2000)
+		eventually(t, "all is acknowledged", func() bool { return s.flow.bytesIn.Load() == 2000*1000 })
+		lossy.Store(true)
+		write(100)
+		eventually(t, "the tail is lost", func() bool { return lost.Load() > 0 })
+		lossy.Store(false)
+		if err := c.CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		// Were it two segments a timeout, it would be dozens.
+		if n := a.stack.Stats().TCP.Timeouts.Value(); n > 5 {
+			t.Errorf("%d retransmission timeouts for one burst of %d segments", n, lost.Load())
+		}
+	})
 }
 
 // TestTheSamePortsAgain: a client that connects again from the port of a connection in TIME_WAIT is served, with a new flow.

@@ -134,7 +134,10 @@ func New(dev tun.Device, engine *filter.Engine, o Options) (*Stack, error) {
 // handlers and options come first: netstack does not synchronise them with the packets of an interface.
 func (s *Stack) configure() error {
 	sack, moderate := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true)
-	recovery, wait := tcpip.TCPRACKLossDetection, tcpip.TCPTimeWaitTimeoutOption(s.opts.TimeWait)
+	// Loss detection by SACK without RACK. What a device loses it loses in bursts, when a queue overflows; with reno and RACK the pinned
+	// netstack then recovers two segments for each retransmission timeout: 18 s for a lost tail of 182 segments, against 0.25 s without,
+	// and no difference at a random loss of one in a hundred (two stacks back to back, 4 MiB).
+	recovery, wait := tcpip.TCPRecovery(0), tcpip.TCPTimeWaitTimeoutOption(s.opts.TimeWait)
 	congestion := tcpip.CongestionControlOption(s.opts.CongestionControl)
 	for _, o := range []tcpip.SettableTransportProtocolOption{
 		&sack, &moderate, &recovery, &wait, &congestion,
