@@ -30,8 +30,8 @@ type demoWorld struct {
 	lns   []net.Listener
 	dns   *dns.Server
 	dnsAt string
-	// resolvConf is the path of a file that names a server, so that there is one to ask.
-	resolvConf string
+	// resolvConf is a file that names a server, so that there is one to ask.
+	resolvConf *os.File
 	port       uint16
 	errs       chan error // capacity: one for each server
 }
@@ -86,21 +86,22 @@ func (w *demoWorld) listen() error {
 	return err
 }
 
+// writeResolvConf makes a file that has no name, so that nothing is left behind however the demo ends.
 func (w *demoWorld) writeResolvConf() error {
 	f, err := os.CreateTemp("", "wfpstack-demo-")
 	if err != nil {
 		return err
 	}
-	w.resolvConf = f.Name()
+	w.resolvConf = f
 	_, err = f.WriteString("nameserver 127.0.0.1\n")
-	return errors.Join(err, f.Close())
+	return errors.Join(err, os.Remove(f.Name()))
 }
 
 // closeListeners takes back what newDemoWorld did before the servers ran.
 func (w *demoWorld) closeListeners() error {
 	var errs []error
-	if w.resolvConf != "" {
-		errs = append(errs, os.Remove(w.resolvConf))
+	if w.resolvConf != nil {
+		errs = append(errs, w.resolvConf.Close())
 	}
 	for _, ln := range w.lns {
 		errs = append(errs, ln.Close())
@@ -115,7 +116,7 @@ func (w *demoWorld) hasIPv6() bool { return len(w.lns) == 2 }
 func (w *demoWorld) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	errs := []error{w.http.Close(), w.dns.ShutdownContext(ctx), os.Remove(w.resolvConf)}
+	errs := []error{w.http.Close(), w.dns.ShutdownContext(ctx), w.resolvConf.Close()}
 	for range len(w.lns) + 1 {
 		if err := <-w.errs; err != nil && !errors.Is(err, http.ErrServerClosed) {
 			errs = append(errs, err)
@@ -126,7 +127,7 @@ func (w *demoWorld) Close() error {
 
 // resolveHere makes the resolver ask the world's DNS server instead of the host's.
 func (w *demoWorld) resolveHere(o *names.Options) {
-	o.ResolvConf, o.Hosts = w.resolvConf, "/dev/null"
+	o.ResolvConf, o.Hosts = fmt.Sprintf("/proc/self/fd/%d", w.resolvConf.Fd()), "/dev/null"
 	o.Dial = func(ctx context.Context, network, _ string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, network, w.dnsAt)

@@ -108,6 +108,21 @@ func TestClaimInstance(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "one.json"), []byte("left behind, and longer than what is written over it"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	// Another start clears it away, and leaves alone what is held.
+	held, err := claimInstance(dir, "held", "run")
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := claimInstance(dir, "other", "run")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left, err := filepath.Glob(filepath.Join(dir, "*")); err != nil || len(left) != 2 {
+		t.Errorf("after a sweep: %v, %v, want the two that are held", left, err)
+	}
+	if err := errors.Join(held.Close(), other.Close()); err != nil {
+		t.Fatal(err)
+	}
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	holders := 0

@@ -75,12 +75,16 @@ func checkInstanceName(name string) error {
 	return nil
 }
 
+// claimTries is how often a name in use is tried again, a millisecond apart: who sweeps holds an entry for an instant.
+const claimTries = 20
+
 // claimInstance enters a name into the folder.
 //
 // Errors: one that names the holder where the name is in use.
 func claimInstance(dir, name, role string) (*instance, error) {
+	sweep(dir)
 	path := filepath.Join(dir, name+".json")
-	for {
+	for try := 0; ; try++ {
 		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 		if err != nil {
 			return nil, fmt.Errorf("claim the instance name %q: %w", name, err)
@@ -88,6 +92,10 @@ func claimInstance(dir, name, role string) (*instance, error) {
 		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 			holder := describeHolder(f)
 			_ = f.Close()
+			if try < claimTries {
+				time.Sleep(time.Millisecond)
+				continue
+			}
 			return nil, fmt.Errorf("instance name %q is in use%s; choose another --instance, or end that one", name, holder)
 		}
 		// The former holder may have removed the file between our open and our lock.
@@ -103,6 +111,36 @@ func claimInstance(dir, name, role string) (*instance, error) {
 			return nil, errors.Join(fmt.Errorf("claim the instance name %q: %w", name, err), os.Remove(path), f.Close())
 		}
 		return &instance{path, f}, nil
+	}
+}
+
+// maxSweep bounds how many entries one start looks at.
+const maxSweep = 64
+
+// sweep removes the entries of processes that were killed, which nobody holds.
+func sweep(dir string) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return
+	}
+	defer d.Close()
+	names, err := d.Readdirnames(maxSweep)
+	if err != nil {
+		return
+	}
+	for _, name := range names {
+		path := filepath.Join(dir, name)
+		if filepath.Ext(name) != ".json" {
+			continue
+		}
+		f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		if err != nil {
+			continue
+		}
+		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil && sameFile(f, path) {
+			_ = os.Remove(path) // the next start tries again
+		}
+		_ = f.Close()
 	}
 }
 
