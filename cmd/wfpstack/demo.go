@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -150,7 +151,7 @@ func (d *demo) startSandboxed(std streams) (demoClient, error) {
 		return nil, errors.Join(err, theirIn.Close(), ourOut.Close())
 	}
 	c := &sandboxedClient{toClient: ourOut, fromChild: ourIn, enc: json.NewEncoder(ourOut), dec: json.NewDecoder(ourIn)}
-	box, err := sandbox.Start(background, sandbox.Config{
+	box, err := sandbox.Start(context.Background(), sandbox.Config{
 		Command: []string{exe, "demo-client", netip.AddrPortFrom(d.net.stack4, 53).String()},
 		Stdin:   theirIn, Stdout: theirOut, Stderr: std.err,
 		Address4: d.net.program4, Address6: d.net.program6, Gateway4: d.net.stack4, Gateway6: d.net.stack6,

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -13,9 +12,6 @@ import (
 	"github.com/wfpstack/wfpstack/internal/policy"
 	"github.com/wfpstack/wfpstack/layers"
 )
-
-// background has no end: what uses it is ended by Close.
-var background = context.Background()
 
 // demoHold is how long somebody who is asked takes for an answer.
 const demoHold = 400 * time.Millisecond

@@ -76,7 +76,7 @@ func (w *demoWatch) Record(r *layers.Record) {
 	w.changed = make(chan struct{})
 }
 
-// maxDemoEvents bounds what one scene waits for.
+// demoEventTime bounds the wait for one event.
 const demoEventTime = 5 * time.Second
 
 // find waits for an event from number from on.
