@@ -76,6 +76,10 @@ func (w dnsWriter) Write(b []byte) (int, error) {
 // pump reads queries and writes answers. It runs on the loop.
 func (s *dnsStream) pump() {
 	f := s.f
+	if f.programError() {
+		f.reset("program: connection reset") // also while no more queries are read
+		return
+	}
 	s.write()
 	for f.state == stateOpen && s.waiting < maxDNSQueries && len(s.out) < maxDNSPending && len(s.in) < 1<<17 {
 		res, err := f.ep.Read(dnsWriter{s}, tcpip.ReadOptions{})

@@ -151,7 +151,7 @@ func (l *loop) writeTaken(t *layers.Taken) error {
 	s := &l.g.raw
 	s.bufs[0] = t.Bytes
 	p := tun.Packet{Bufs: s.bufs[:1]}
-	if h := &t.Header; t.GSOSize > 0 && h.Protocol == wire.TCP {
+	if h := &t.Header; t.GSOSize > 0 && h.Protocol == wire.TCP && h.PayloadEnd-h.PayloadStart > t.GSOSize {
 		p.Offload = tun.Offload{GSO: tun.GSOTCPv4, NeedsCsum: true, CsumStart: uint16(h.TransportStart), CsumOffset: header.TCPChecksumOffset,
 			HdrLen: uint16(h.PayloadStart), GSOSize: uint16(t.GSOSize)}
 		if h.V6 {

@@ -44,7 +44,8 @@ type loop struct {
 	timers timerHeap
 	now    time.Time // of this turn
 
-	parked atomic.Bool
+	parked    atomic.Bool
+	stopAsked atomic.Bool
 
 	// mu guards what other goroutines hand to the loop. It is a leaf.
 	mu sync.Mutex
@@ -192,10 +193,16 @@ func (l *loop) wake() {
 	}
 }
 
+// askToStop makes the loop end after this turn, however full its queue is. Called from any goroutine.
+func (l *loop) askToStop() {
+	l.stopAsked.Store(true)
+	l.wake()
+}
+
 // run is the loop's goroutine; Gateway.Close stops it and waits for it.
 func (l *loop) run() {
 	defer close(l.done)
-	for !l.stopping {
+	for !l.stopping && !l.stopAsked.Load() {
 		l.now = l.g.clock()
 		l.turn++
 		read := l.readDevice()
@@ -312,7 +319,7 @@ func (l *loop) spin() bool {
 func (l *loop) pending() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return len(l.posted) > 0 || len(l.dirty) > 0
+	return len(l.posted) > 0 || len(l.dirty) > 0 || l.stopAsked.Load()
 }
 
 // park waits in the runtime's poller until epoll has an event. It announces itself first and then looks once more, so that

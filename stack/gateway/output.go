@@ -78,9 +78,6 @@ func (g *Gateway) inboundPacket(pkt *stack.PacketBuffer) bool {
 		IPHeader: pkt.NetworkHeader().Slice(), TransportHeader: t, Direction: layers.Inbound,
 		State: layers.InjectionMark(pkt.Mark & 0x3fff), ChecksumPartial: pkt.GSOOptions.NeedsCsum,
 	}
-	if pkt.GSOOptions.Type != stack.GSONone {
-		v.GSOSize = int(pkt.GSOOptions.MSS)
-	}
 	s.parts = s.parts[:0]
 	views, skip := pkt.AsViewList()
 	skip += len(v.IPHeader) + len(t)
@@ -95,6 +92,9 @@ func (g *Gateway) inboundPacket(pkt *stack.PacketBuffer) bool {
 		skip = 0
 	}
 	v.Payload = s.parts
+	if pkt.GSOOptions.Type != stack.GSONone && v.PayloadLen > int(pkt.GSOOptions.MSS) {
+		v.GSOSize = int(pkt.GSOOptions.MSS) // netstack has the options on packets of one segment too
+	}
 	return g.inboundLayers(s, &who, v) && (!isSYN(&who, t) || g.inboundSYN(s, &who, v))
 }
 

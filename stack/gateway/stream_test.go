@@ -162,7 +162,7 @@ func TestPanicOfCalloutIsContained(t *testing.T) {
 				d.giveUp()
 			}
 			if c != nil {
-				mustWrite(t, c, "x")
+				_, _ = io.WriteString(c, "x") // may be reset by now
 				_, _ = c.Read(make([]byte, 1))
 				c.Close()
 			}
