@@ -42,6 +42,7 @@ type rule struct {
 var table = []rule{
 	{"HELPERS", []string{"HELPERS"}},
 	{"internal/imports", nil},
+	{"internal/conformance", nil},
 	{"SHARED", []string{"HELPERS"}},
 	{"internal/policy", []string{"callouts", "layers/...", "tun/...", "SHARED", "HELPERS"}},
 	{"PROGRAM", []string{"layers/...", "tun/...", "SHARED", "HELPERS"}},
@@ -60,6 +61,7 @@ var table = []rule{
 // testTable is what test files may import beside: the fakes, and what stands beside them.
 var testTable = []rule{
 	{"internal/names", []string{"tun/..."}},
+	{"internal/conformance", []string{"layers"}}, // the schema, for docs/layers.md
 	{"tun/...", []string{"tun/..."}},
 	{"layers/...", []string{"layers/layerstest"}},
 	{"callouts/...", []string{"layers/layerstest", "callouts/..."}},
