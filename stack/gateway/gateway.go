@@ -261,16 +261,10 @@ func (g *Gateway) Err() error {
 // ErrClosing, all flows are reset, netstack ends. It waits for all that and is idempotent.
 func (g *Gateway) Close() error {
 	g.closeOnce.Do(func() {
-		g.loop.post(func() { g.loop.stopping = true })
+		g.loop.askToStop()
 		<-g.loop.done
 		g.stack.Destroy()
 		g.loop.closeDescriptors()
 	})
 	return nil
-}
-
-// listener is netstack's endpoint that performs the handshakes with programs, one a family for all ports.
-type listener struct {
-	ep tcpip.Endpoint
-	te stack.TransportEndpoint
 }

@@ -23,7 +23,7 @@ import (
 // byte that arrived before it.
 type relay struct {
 	hostReadable bool // the socket may have data: an edge was seen since the last short read
-	hostEnding   bool // the socket has an end or an error behind its data, of which no edge will tell again
+	hostEnding   bool // the socket has an end, an error or urgent data behind what a read gives, of which no edge will tell again
 	hostWritable bool // the socket may take data
 	outEnded     bool // the program's end of stream was passed on
 	outDrained   bool // the program was reset, and all that came before was written to the host
@@ -84,7 +84,7 @@ func (f *tcpFlow) noteHost(events uint32) {
 	if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
 		f.relay.hostReadable = true
 	}
-	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR|unix.EPOLLPRI) != 0 {
 		f.relay.hostEnding = true
 	}
 	if events&unix.EPOLLERR != 0 && f.relay.inEnded {
