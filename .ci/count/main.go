@@ -3,8 +3,8 @@
 //	count -name race -totals FILE -- go test -json ./...
 //	count -sum -totals FILE
 //
-// Skipped tests count as failed: CI has everything that a test may want. With -user, a test that says it belongs to root is
-// left to root's run.
+// Skipped tests count as failed: CI has everything that a test may want. Left out are tests that say they belong to
+// `make soak`, and with -user those that belong to root's run.
 package main
 
 import (
@@ -32,6 +32,9 @@ type event struct {
 
 // rootsOwn is what internal/need says when a test that wants root is run by an ordinary user in CI.
 const rootsOwn = "belongs to root's run"
+
+// soak is what a test says that takes longer than two minutes.
+const soak = "WFPSTACK_SOAK=1"
 
 type counter struct {
 	user                    bool
@@ -143,6 +146,10 @@ func (c *counter) testEnd(e event, key string) {
 		fmt.Printf("--- FAIL %s %s (%.1fs)\n%s", e.Package, e.Test, e.Elapsed, text)
 	case "skip":
 		if c.user && strings.Contains(text, rootsOwn) {
+			return
+		}
+		if strings.Contains(text, soak) {
+			fmt.Printf("left to make soak: %s %s\n", e.Package, e.Test)
 			return
 		}
 		c.skipped++
