@@ -35,7 +35,8 @@ func must(t testing.TB, err error) {
 
 // clock is a time that the test moves.
 type clock struct {
-	mu  sync.Mutex
+	mu sync.Mutex
+	// +checklocks:mu
 	now time.Time
 }
 
@@ -58,8 +59,10 @@ type network struct {
 	t  testing.TB
 	mu sync.Mutex
 	// where maps "udp/192.0.2.1:53" to the real address.
+	// +checklocks:mu
 	where map[string]string
 	// dials lists what was dialled, in that form.
+	// +checklocks:mu
 	dials []string
 }
 

@@ -43,6 +43,24 @@ func Root(t testing.TB) {
 	}
 }
 
+// AllGroups wants more than one group id: a user namespace that an ordinary user made for itself has only one, and then the
+// range of groups that may ping, for one, cannot be emptied.
+func AllGroups(t testing.TB) {
+	t.Helper()
+	data, err := os.ReadFile("/proc/self/gid_map")
+	if err != nil {
+		Missing(t, "the map of group ids: %v", err)
+	}
+	var inside, outside, count uint64
+	if n, _ := fmt.Sscan(string(data), &inside, &outside, &count); n != 3 || count > 1 {
+		return
+	}
+	if os.Getenv("WFPSTACK_E2E_USER") == "1" {
+		t.Skip("belongs to root's run")
+	}
+	Missing(t, "more than one group id in this user namespace")
+}
+
 // UserNS wants unprivileged user namespaces.
 func UserNS(t testing.TB) {
 	t.Helper()

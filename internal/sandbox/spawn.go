@@ -232,7 +232,7 @@ func specFile(s *spec) (*os.File, error) {
 		return nil, fmt.Errorf("memory file: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), "spec")
-	if _, err := f.Write(b); err == nil {
+	if _, err = f.Write(b); err == nil {
 		_, err = f.Seek(0, 0)
 	}
 	if err != nil {
