@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/wfpstack/wfpstack/internal/need"
 	"github.com/wfpstack/wfpstack/layers"
@@ -27,11 +28,8 @@ func TestGuard(t *testing.T) {
 		defer g.Close()
 		if !hostLoopback {
 			// The machine's own addresses are there too; one that is known goes with them.
-			with := map[netip.Addr]struct{}{own: {}}
-			for a := range *g.own.Load() {
-				with[a] = struct{}{}
-			}
-			g.own.Store(&with)
+			with := g.own.Load().InsertPersist(netip.PrefixFrom(own, own.BitLen()))
+			g.own.Store(with)
 		}
 		guards[hostLoopback] = g
 	}
@@ -130,19 +128,61 @@ func TestGuardFollows(t *testing.T) {
 	if err := netlink.LinkSetUp(lo); err != nil {
 		t.Fatal(err)
 	}
+	refused := func(a netip.Addr) func() bool {
+		return func() bool { return g.Check(a, false) == layers.ReasonLoopbackGuard }
+	}
 	for _, text := range []string{"203.0.113.9/32", "2001:db8::9/128"} {
 		p := netip.MustParsePrefix(text)
-		addr := &netlink.Addr{IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}}
+		addr := &netlink.Addr{IPNet: ipNet(p)}
 		if r := g.Check(p.Addr(), false); r != layers.ReasonNone {
 			t.Errorf("%v before it is ours: %v", p, r)
 		}
 		if err := netlink.AddrAdd(lo, addr); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "the new address to be refused", func() bool { return g.Check(p.Addr(), false) == layers.ReasonLoopbackGuard })
+		eventually(t, "the new address to be refused", refused(p.Addr()))
 		if err := netlink.AddrDel(lo, addr); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "the old address to be allowed", func() bool { return g.Check(p.Addr(), false) == layers.ReasonNone })
+		eventually(t, "the old address to be allowed", func() bool { return !refused(p.Addr())() })
 	}
+	// What only the routing table knows: prefixes that are delivered locally, and all of the prefix of an address of lo.
+	for _, tt := range []struct {
+		route, inside, outside string
+		kind                   int
+	}{
+		{"10.99.0.0/24", "10.99.0.200", "10.99.1.1", unix.RTN_LOCAL},
+		{"2001:db8:99::/64", "2001:db8:99::1:2", "2001:db8:98::1", unix.RTN_LOCAL},
+		{"2001:db8:97::/128", "2001:db8:97::", "2001:db8:97::1", unix.RTN_ANYCAST},
+		{"10.98.0.255/32", "10.98.0.255", "10.98.0.254", unix.RTN_BROADCAST},
+	} {
+		p, inside := netip.MustParsePrefix(tt.route), netip.MustParseAddr(tt.inside)
+		route := &netlink.Route{LinkIndex: lo.Attrs().Index, Dst: ipNet(p), Table: unix.RT_TABLE_LOCAL, Type: tt.kind}
+		if p.Addr().Is4() {
+			route.Scope = netlink.SCOPE_HOST
+		}
+		if refused(inside)() {
+			t.Errorf("%v is refused before %v is routed", inside, p)
+		}
+		if err := netlink.RouteAdd(route); err != nil {
+			t.Fatalf("%v: %v", p, err)
+		}
+		eventually(t, tt.inside+" to be refused", refused(inside))
+		if refused(netip.MustParseAddr(tt.outside))() {
+			t.Errorf("%s is refused with %v", tt.outside, p)
+		}
+		if err := netlink.RouteDel(route); err != nil {
+			t.Fatalf("%v: %v", p, err)
+		}
+		eventually(t, tt.inside+" to be allowed", func() bool { return !refused(inside)() })
+	}
+	p := netip.MustParsePrefix("10.97.0.1/24")
+	if err := netlink.AddrAdd(lo, &netlink.Addr{IPNet: ipNet(p)}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the whole prefix of an address of lo to be refused", refused(netip.MustParseAddr("10.97.0.77")))
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
