@@ -112,7 +112,7 @@ func (a acceptPender) Pend(_ *layers.Indication, holder string) (*layers.PendedO
 	})
 	op := f.op
 	l.g.counters.pended.Add(1)
-	l.g.record(layers.RecordPend, op.Layer(), &f.who, nil, func(r *layers.Record) { r.Operation, r.Original = op.ID(), f.inbound.client })
+	l.g.record(layers.RecordPend, op.Layer(), &f.who, nil, func(r *layers.Record) { r.Operation, r.Original, r.Detail = op.ID(), f.inbound.client, holder })
 	if d := l.g.opts.PendDeadline; d > 0 {
 		f.timer = l.after(d, func() {
 			if f.op == op {

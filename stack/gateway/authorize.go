@@ -15,6 +15,9 @@ import (
 func (l *loop) newConnection(key flowKey, p *packet) {
 	g := l.g
 	who := subject{proto: wire.TCP, local: p.local, remote: p.remote}
+	if oldest := g.silent.Front(); len(g.tcp) >= g.opts.MaxFlows && oldest != nil {
+		oldest.Value.(*tcpFlow).end() // nobody waits for it
+	}
 	switch {
 	case len(g.tcp) >= g.opts.MaxFlows, g.embryonic >= g.opts.MaxPending:
 		g.counters.drop(dropTableFull)
@@ -27,6 +30,7 @@ func (l *loop) newConnection(key flowKey, p *packet) {
 	f.who.flow = g.newFlow(func() { f.reset("aborted by a callout") })
 	f.syn = p.buf.Clone()
 	g.tcp[key] = f
+	g.sizeBuffers()
 	f.countEmbryonic(1)
 	if g.isDNS(who.remote) {
 		f.relay.dns = newDNSStream(f)
@@ -119,7 +123,7 @@ func (g *Gateway) guard(d *layers.Decision, remote netip.Addr) {
 	if g.opts.Guard == nil {
 		return
 	}
-	if r := g.opts.Guard.Check(remote, d.Reason == layers.ReasonFilter || d.Reason == layers.ReasonCallout); r != layers.ReasonNone {
+	if r := g.opts.Guard.Check(remote, d); r != layers.ReasonNone {
 		g.refuseFor(d, r)
 	}
 }
@@ -136,6 +140,7 @@ func (f *tcpFlow) Pend(_ *layers.Indication, holder string) (*layers.PendedOp, e
 		return f.op, nil
 	}
 	l := f.l
+	f.holder = holder
 	f.op = layers.NewPendedOp(l.g.opID(), layers.ALEAuthConnect.Layer(f.who.family()), holder, l.g.opts.Ledger, func(op *layers.PendedOp, c *layers.Clone) {
 		c.Release() // a TCP connect has no packet
 		l.post(func() { f.completed(op) })
@@ -148,7 +153,7 @@ func (f *tcpFlow) Pend(_ *layers.Indication, holder string) (*layers.PendedOp, e
 func (f *tcpFlow) watchPend() {
 	l := f.l
 	l.g.counters.pended.Add(1)
-	l.g.record(layers.RecordPend, f.op.Layer(), &f.who, nil, func(r *layers.Record) { r.Operation = f.op.ID() })
+	l.g.record(layers.RecordPend, f.op.Layer(), &f.who, nil, func(r *layers.Record) { r.Operation, r.Detail = f.op.ID(), f.holder })
 	deadline := time.Time{}
 	if l.g.opts.PendDeadline > 0 {
 		deadline = l.now.Add(l.g.opts.PendDeadline)
@@ -238,6 +243,7 @@ func (f *tcpFlow) goSilent() {
 	f.dropSYN()
 	f.countEmbryonic(-1) // nobody waits for it; it must not take the place of a connect that may succeed
 	f.state = stateSilent
+	f.silent = f.l.g.silent.PushBack(f)
 	f.timer = f.l.after(silentTime, f.end)
 }
 

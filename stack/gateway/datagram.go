@@ -51,6 +51,8 @@ type datagramTable struct {
 	lru   list.List
 	max   int
 	ports map[resource]int // local ports in use, by how many flows
+	// sources counts the flows of programs by their address.
+	sources map[netip.Addr]int
 }
 
 // resource is a local port of a program.
@@ -61,6 +63,26 @@ type resource struct {
 
 func (t *datagramTable) init(max int) {
 	t.flows, t.max, t.ports = make(map[flowKey]*datagramFlow), max, make(map[resource]int)
+	t.sources = make(map[netip.Addr]int)
+}
+
+// victimSearch is how many flows are looked at for one of a source that has more than its share.
+const victimSearch = 128
+
+// victim is the flow that makes room for another: among those used longest ago the first of a source that holds more than an
+// eighth of the table, so that one program cannot drive out the flows of others; otherwise the one used longest ago.
+func (t *datagramTable) victim() *datagramFlow {
+	e := t.lru.Back()
+	for range victimSearch {
+		if e == nil {
+			break
+		}
+		if f := e.Value.(*datagramFlow); t.sources[f.who.local.Addr()] > t.max/8 {
+			return f
+		}
+		e = e.Prev()
+	}
+	return t.lru.Back().Value.(*datagramFlow)
 }
 
 // Idle times: how long a flow without datagrams is kept. A DNS query has its answer in seconds; RFC 4787, REQ-5 asks for two
@@ -122,8 +144,9 @@ func (l *loop) newDatagramFlow(key flowKey, p *packet, id uint16) *datagramFlow 
 	t := &l.g.datagrams
 	if len(t.flows) >= t.max {
 		l.g.counters.drop(dropTableFull)
-		t.lru.Back().Value.(*datagramFlow).end("made room for a newer flow")
+		t.victim().end("made room for a newer flow")
 	}
+	t.sources[p.local.Addr()]++
 	f := &datagramFlow{key: key, l: l, fd: -1, id: id, idle: idleTime(p.h.Protocol, p.remote.Port()), opened: l.now, used: l.now}
 	f.who = subject{proto: p.h.Protocol, local: p.local, remote: p.remote}
 	f.who.flow = l.g.newFlow(func() { f.end("aborted by a callout") })
@@ -239,7 +262,7 @@ func (f *datagramFlow) pend(layer layers.ID, holder string, complete func(*layer
 	f.op = layers.NewPendedOp(l.g.opID(), layer, holder, l.g.opts.Ledger, complete)
 	l.g.counters.pended.Add(1)
 	op := f.op
-	l.g.record(layers.RecordPend, op.Layer(), &f.who, nil, func(r *layers.Record) { r.Operation = op.ID() })
+	l.g.record(layers.RecordPend, op.Layer(), &f.who, nil, func(r *layers.Record) { r.Operation, r.Detail = op.ID(), holder })
 	if l.g.opts.PendDeadline > 0 {
 		f.limit = l.after(l.g.opts.PendDeadline, func() {
 			if f.op == op {
@@ -457,6 +480,11 @@ func (f *datagramFlow) end(detail string) {
 	}
 	t.lru.Remove(f.lru)
 	f.lru = nil
+	if f.port == nil {
+		if t.sources[f.who.local.Addr()]--; t.sources[f.who.local.Addr()] == 0 {
+			delete(t.sources, f.who.local.Addr())
+		}
+	}
 	if t.flows[f.key] == f {
 		delete(t.flows, f.key)
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -85,6 +86,14 @@ func prepareHostSocket(fd int) {
 // dialFailed shows the program what its own kernel would have found.
 func (f *tcpFlow) dialFailed(err error) {
 	errno, ok := err.(syscall.Errno)
+	if errno == syscall.EMFILE || errno == syscall.ENFILE {
+		if f.l.freeDescriptor() && f.fd < 0 {
+			if err = f.connect(); err == nil {
+				return
+			}
+			errno, ok = err.(syscall.Errno)
+		}
+	}
 	if !ok {
 		errno = syscall.EHOSTUNREACH
 		f.l.g.opts.Logger.Warn("connect on the host side", "remote", f.target, "err", err)
@@ -126,4 +135,19 @@ func (f *tcpFlow) connected() {
 	p := packetOf(f.syn)
 	l.g.queueTCP.QueuePacket(l.g.listeners[f.who.family()].te, p.endpointID(), f.syn)
 	f.dropSYN()
+}
+
+// freeDescriptor ends the datagram flow used longest ago, so that a connection can have its descriptor. It tells so: the limit
+// of open files is too low for what the programs do.
+func (l *loop) freeDescriptor() bool {
+	if l.now.Sub(l.warnedFiles) > time.Minute {
+		l.warnedFiles = l.now
+		l.g.opts.Logger.Warn("too many open files: raise the limit (ulimit -n); idle datagram flows are ended to make room")
+	}
+	oldest := l.g.datagrams.lru.Back()
+	if oldest == nil {
+		return false
+	}
+	oldest.Value.(*datagramFlow).end("made room: too many open files")
+	return true
 }

@@ -1,9 +1,11 @@
 package gateway
 
 import (
+	"container/list"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/bits"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -29,8 +31,8 @@ type NameSource interface {
 	AppendNames(dst []string, addr netip.Addr) []string
 }
 
-// DNSHandler answers the DNS messages that are sent to the stack's address. It must return at once; reply is called once, from any
-// goroutine, or never.
+// DNSHandler answers the DNS messages that are sent to the stack's address. HandleDNS returns at once and calls reply exactly once,
+// from any goroutine; nil says that there is no answer. A query without a reply keeps its place on its connection.
 type DNSHandler interface {
 	HandleDNS(msg []byte, client netip.AddrPort, tcp bool, reply func([]byte))
 }
@@ -44,8 +46,9 @@ type SocketFinder interface {
 
 // Guard tells which destinations the gateway refuses on its own account, such as the host's loopback. It is called on the loop.
 type Guard interface {
-	// Check returns why a destination is refused, ReasonNone if it is not. permitted says that a filter permits it by name.
-	Check(remote netip.Addr, permitted bool) layers.Reason
+	// Check returns why a destination is refused that d permits, ReasonNone if it is not. d says which filter permitted it, if
+	// one did. Ownership: lends d.
+	Check(remote netip.Addr, d *layers.Decision) layers.Reason
 }
 
 // Publish is a port of the host whose connections are handed to a program behind the gateway.
@@ -133,6 +136,8 @@ type Gateway struct {
 	datagrams datagramTable        // loop only
 	listeners [2]listener          // by family
 	queueTCP  packetQueuer
+	silent    list.List        // loop only; of *tcpFlow in stateSilent, oldest first
+	buffers   int              // loop only; the step that the buffers' sizes are at
 	published []*publishedPort // loop only after New
 
 	// Memory that the loop reuses.
@@ -243,8 +248,28 @@ func (g *Gateway) configureTCP() {
 	set(&moderate)
 	set(&cc)
 	set(&tw)
-	set(&tcpip.TCPReceiveBufferSizeRangeOption{Min: 4096, Default: defaultBuffer, Max: maxBuffer})
-	set(&tcpip.TCPSendBufferSizeRangeOption{Min: 4096, Default: defaultBuffer, Max: maxBuffer})
+	g.buffers = -1
+	g.sizeBuffers()
+}
+
+// bufferBudget is what the buffers of all connections may grow to together, each having its share. A peer that reads nothing
+// fills its own share only. Units: bytes.
+const bufferBudget = 512 << 20
+
+// sizeBuffers gives each connection its share of the budget. The shares change when the number of connections doubles or
+// halves; buffers that are full already keep their size.
+func (g *Gateway) sizeBuffers() {
+	step := bits.Len(uint(len(g.tcp)) / 32)
+	if step == g.buffers {
+		return
+	}
+	g.buffers = step
+	share := max(maxBuffer>>step, 128<<10)
+	def := min(defaultBuffer, share)
+	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: 4096, Default: def, Max: share}
+	send := tcpip.TCPSendBufferSizeRangeOption{Min: 4096, Default: def, Max: share}
+	g.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &receive) // valid ranges, which TCP takes
+	g.stack.SetTransportProtocolOption(tcp.ProtocolNumber, &send)
 }
 
 // Done is closed when the gateway has ended, by Close or because its device went away.

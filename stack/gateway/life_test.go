@@ -19,25 +19,31 @@ import (
 	"github.com/wfpstack/wfpstack/tun"
 )
 
-// loaded starts transfers in both directions that go on until something ends them.
-func loaded(t *testing.T, s *scene, flows int) *sync.WaitGroup {
+// loaded starts transfers in both directions that go on until something ends them; hurry ends those that nothing can end.
+func loaded(t *testing.T, s *scene, flows int) (wg *sync.WaitGroup, hurry func()) {
 	t.Helper()
-	wg := &sync.WaitGroup{}
+	wg = &sync.WaitGroup{}
+	var conns []*net.TCPConn
 	for i := range flows {
 		prog, server := s.pair(t, families[i%2])
+		conns = append(conns, prog, server)
 		for _, c := range []struct{ from, to *net.TCPConn }{{prog, server}, {server, prog}} {
 			// Owner: the caller, which waits; a reset or the connection's deadline ends them.
 			wg.Go(func() { _ = send(c.from, 1<<40) })
 			wg.Go(func() { _, _ = io.Copy(io.Discard, c.to) })
 		}
 	}
-	return wg
+	return wg, func() {
+		for _, c := range conns {
+			_ = c.SetDeadline(time.Now())
+		}
+	}
 }
 
 // TestCloseUnderLoad: everything is reset and given back, in time.
 func TestCloseUnderLoad(t *testing.T) {
 	s := newScene(t, sceneOptions{})
-	wg := loaded(t, s, 20)
+	wg, _ := loaded(t, s, 20)
 	until(t, "traffic", func() bool { return s.g.Stats().PacketsIn > 2000 })
 	started := time.Now()
 	s.stop()
@@ -56,7 +62,7 @@ func TestCloseUnderLoad(t *testing.T) {
 // TestDeviceGoneUnderLoad: `ip link del` ends the gateway with the cause, and no packet panics.
 func TestDeviceGoneUnderLoad(t *testing.T) {
 	s := newScene(t, sceneOptions{})
-	wg := loaded(t, s, 6)
+	wg, hurry := loaded(t, s, 6)
 	until(t, "traffic", func() bool { return s.g.Stats().PacketsIn > 2000 })
 	s.prog.must(t, func() error {
 		l, err := netlink.LinkByName(s.dev.Name())
@@ -73,6 +79,7 @@ func TestDeviceGoneUnderLoad(t *testing.T) {
 	if err := s.g.Err(); !errors.Is(err, tun.ErrGone) {
 		t.Errorf("Err: %v, want ErrGone", err)
 	}
+	hurry() // no packet can tell the program
 	wg.Wait()
 }
 
@@ -166,10 +173,10 @@ func TestControlOfHostSockets(t *testing.T) {
 }
 
 // guardFunc is a Guard.
-type guardFunc func(netip.Addr, bool) layers.Reason
+type guardFunc func(netip.Addr, *layers.Decision) layers.Reason
 
 // Check implements Guard.
-func (g guardFunc) Check(a netip.Addr, permitted bool) layers.Reason { return g(a, permitted) }
+func (g guardFunc) Check(a netip.Addr, d *layers.Decision) layers.Reason { return g(a, d) }
 
 // namesFunc is a NameSource.
 type namesFunc func(netip.Addr) []string
@@ -179,8 +186,8 @@ func (n namesFunc) AppendNames(dst []string, a netip.Addr) []string { return app
 
 // TestGuardAndNames: a guard refuses what no filter permits by name, and the record says why.
 func TestGuardAndNames(t *testing.T) {
-	guard := guardFunc(func(_ netip.Addr, permitted bool) layers.Reason {
-		if permitted {
+	guard := guardFunc(func(_ netip.Addr, d *layers.Decision) layers.Reason {
+		if d.Reason == layers.ReasonFilter {
 			return layers.ReasonNone
 		}
 		return layers.ReasonMetadataGuard

@@ -58,6 +58,10 @@ type loop struct {
 
 	sending []*datagramFlow // with a batch to send
 	ipID    uint16          // of the last packet that may be fragmented
+	// warnedFiles is when a lack of descriptors was told last.
+	warnedFiles time.Time
+
+	dnsStreams int // connections to the stack's DNS; at most maxDNSStreams
 
 	running  []func()   // posted, being run
 	pumping  []*tcpFlow // dirty, being pumped

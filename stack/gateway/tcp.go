@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"container/list"
 	"net/netip"
 	"sync/atomic"
 	"syscall"
@@ -63,7 +64,10 @@ type tcpFlow struct {
 	isn  uint32
 	seen time.Time // of the latest SYN
 	op   *layers.PendedOp
-	mark layers.InjectionMark
+	// holder is the callout that pended; silent is the place among the silent ones.
+	holder string
+	silent *list.Element
+	mark   layers.InjectionMark
 
 	target  netip.AddrPort // where the host side connects
 	fd      int            // host socket, -1: none
@@ -308,8 +312,13 @@ func (f *tcpFlow) end() {
 		f.countEmbryonic(-1)
 	}
 	f.state = stateGone
+	if f.silent != nil {
+		l.g.silent.Remove(f.silent)
+		f.silent = nil
+	}
 	if l.g.tcp[f.key] == f {
 		delete(l.g.tcp, f.key)
+		l.g.sizeBuffers()
 	}
 	if f.inbound != nil {
 		l.g.syns.letGo(f.key)
