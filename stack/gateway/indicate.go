@@ -12,6 +12,7 @@ type subject struct {
 	proto         uint8
 	local, remote netip.AddrPort
 	flow          *layers.Flow
+	inbound       bool // the remote began
 }
 
 func (s *subject) family() layers.Family {
@@ -116,6 +117,9 @@ func (g *Gateway) record(t layers.RecordType, layer layers.ID, who *subject, d *
 		return
 	}
 	r := layers.Record{Time: g.clock(), Type: t, Layer: layer, Protocol: who.proto, Local: who.local, Remote: who.remote, Flow: who.flow.ID(), Decision: d}
+	if who.inbound {
+		r.Direction = layers.Inbound
+	}
 	if g.opts.Names != nil {
 		if names := g.opts.Names.AppendNames(nil, who.remote.Addr()); len(names) > 0 {
 			r.Name = names[0]

@@ -38,7 +38,7 @@ func (g *Gateway) publish() error {
 }
 
 func (g *Gateway) openPort(p Publish) (*publishedPort, error) {
-	who := subject{proto: wire.TCP, local: p.Program}
+	who := subject{proto: wire.TCP, local: p.Program, inbound: true}
 	kinds := []layers.Kind{layers.ALEResourceAssignment, layers.ALEAuthListen}
 	typ := unix.SOCK_STREAM
 	if p.UDP {
@@ -157,7 +157,7 @@ func (p *publishedPort) accepted(fd int, client netip.AddrPort) {
 	g := l.g
 	shown := p.clientAddr(client)
 	f := &tcpFlow{l: l, fd: fd, started: l.now, seen: l.now, state: stateHandshake}
-	f.who = subject{proto: wire.TCP, local: p.Program, remote: shown}
+	f.who = subject{proto: wire.TCP, local: p.Program, remote: shown, inbound: true}
 	f.key = keyOf(wire.TCP, p.Program, shown)
 	if old := g.tcp[f.key]; old != nil || len(g.tcp) >= g.opts.MaxFlows || g.embryonic >= g.opts.MaxPending {
 		g.counters.drop(dropTableFull)

@@ -42,7 +42,7 @@ func (p *publishedPort) flowOf(client netip.AddrPort) *datagramFlow {
 		t.lru.Back().Value.(*datagramFlow).end("made room for a newer flow")
 	}
 	f := &datagramFlow{key: key, l: l, fd: -1, idle: idleOther, opened: l.now, used: l.now, port: p, client: client}
-	f.who = subject{proto: wire.UDP, local: p.Program, remote: shown}
+	f.who = subject{proto: wire.UDP, local: p.Program, remote: shown, inbound: true}
 	f.who.flow = l.g.newFlow(func() { f.end("aborted by a callout") })
 	f.enter()
 	return f

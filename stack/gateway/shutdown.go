@@ -16,6 +16,11 @@ func (l *loop) shutdown() {
 	g.closePublished()
 	for _, f := range g.tcp {
 		f.endPend(layers.PendStopped)
+		if f.relay.outEnded {
+			f.relay.detail = "stopped"
+			f.end() // the program has sent all: the host's kernel delivers it
+			continue
+		}
 		f.reset("stopped")
 	}
 	for _, f := range g.datagrams.flows {
