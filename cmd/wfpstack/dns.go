@@ -20,7 +20,9 @@ type dnsHandler struct {
 // HandleDNS implements gateway.DNSHandler.
 func (h dnsHandler) HandleDNS(msg []byte, client netip.AddrPort, tcp bool, reply func([]byte)) {
 	// The resolver's Close ends what is under way.
-	h.resolver.Handle(context.Background(), names.Query{Msg: msg, TCP: tcp, From: client}, reply)
+	if !h.resolver.Handle(context.Background(), names.Query{Msg: msg, TCP: tcp, From: client}, reply) {
+		reply(nil)
+	}
 }
 
 // decideName asks p about a look-up, records the answer and translates it for the resolver.

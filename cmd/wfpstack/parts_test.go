@@ -14,10 +14,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/miekg/dns"
 	"github.com/spf13/cobra"
 
 	"github.com/wfpstack/wfpstack/internal/ledger"
 	"github.com/wfpstack/wfpstack/internal/machine"
+	"github.com/wfpstack/wfpstack/internal/names"
 	"github.com/wfpstack/wfpstack/layers"
 )
 
@@ -417,5 +419,45 @@ func TestPaint(t *testing.T) {
 	defer f.Close()
 	if isTerminal(f) || useColor(f) {
 		t.Error("/dev/null is no terminal")
+	}
+}
+
+// TestDNSHandlerReplies: the gateway is told of every question that it has no answer.
+func TestDNSHandlerReplies(t *testing.T) {
+	question := new(dns.Msg).SetQuestion("silent.example.", dns.TypeA)
+	packed, err := question.Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range []struct {
+		name   string
+		msg    []byte
+		closed bool
+	}{
+		{"no question", []byte{1, 2, 3}, false},
+		{"silent filter", packed, false},
+		{"closed resolver", packed, true},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			r := names.NewResolver(names.Options{Decide: func(names.Question) names.Decision { return names.Decision{Action: names.Drop} }})
+			defer r.Close()
+			if row.closed {
+				r.Close()
+			}
+			replies := make(chan []byte, 2) // one, and one too many
+			dnsHandler{r}.HandleDNS(row.msg, netip.MustParseAddrPort("198.18.0.2:4000"), true, func(b []byte) { replies <- b })
+			select {
+			case b := <-replies:
+				if b != nil {
+					t.Errorf("an answer of %d bytes, want none", len(b))
+				}
+			case <-time.After(10 * time.Second):
+				t.Fatal("reply was not called")
+			}
+			r.Close() // waits for what could reply again
+			if len(replies) != 0 {
+				t.Error("reply was called twice")
+			}
+		})
 	}
 }

@@ -222,7 +222,7 @@ func edns(size uint16) func(*dns.Msg) { return func(m *dns.Msg) { m.SetEdns0(siz
 func handle(t testing.TB, r *Resolver, q Query) []byte {
 	t.Helper()
 	answers := make(chan []byte, 1)
-	if !r.start(t.Context(), q, func(b []byte) { answers <- b }) {
+	if !r.Handle(t.Context(), q, func(b []byte) { answers <- b }) {
 		return nil
 	}
 	select {

@@ -255,21 +255,12 @@ func (r *Resolver) Stats() Stats {
 	return s
 }
 
-// Handle answers one message. It never blocks: the answer is given to reply, at most once, on another goroutine. It reports false,
-// and reply is not called, where the message is not a question, no place is free, or the resolver is closed; the program asks again.
-// Without an answer reply is not called either: a filter chose silence, or ctx ended.
+// Handle answers one message. It never blocks: reply is called exactly once, on another goroutine, with nil where there is no answer:
+// a filter chose silence, or ctx or the resolver ended. It reports false, and reply is not called, where the message is not a
+// question, no place is free, or the resolver is closed; the program asks again.
 //
 // Ownership: lends q.Msg; gives the answer to reply.
 func (r *Resolver) Handle(ctx context.Context, q Query, reply func(answer []byte)) bool {
-	return r.start(ctx, q, func(answer []byte) {
-		if answer != nil {
-			reply(answer)
-		}
-	})
-}
-
-// start is Handle with a done that is called exactly once if start reports true, with nil where there is no answer.
-func (r *Resolver) start(ctx context.Context, q Query, done func(answer []byte)) bool {
 	r.count.queries.Add(1)
 	// An answer is never answered: two of us would talk for ever.
 	if len(q.Msg) < headerSize || q.Msg[2]&0x80 != 0 {
@@ -285,7 +276,7 @@ func (r *Resolver) start(ctx context.Context, q Query, done func(answer []byte))
 		defer r.wg.Done()
 		answer := r.serve(ctx, q)
 		r.leave(q.From)
-		done(answer)
+		reply(answer)
 	}()
 	return true
 }

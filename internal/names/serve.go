@@ -62,7 +62,7 @@ func (r *Resolver) ServeConn(ctx context.Context, conn net.Conn, from netip.Addr
 			<-places
 			pending.Done()
 		}
-		if !r.start(ctx, Query{Msg: buf, TCP: true, From: from}, done) {
+		if !r.Handle(ctx, Query{Msg: buf, TCP: true, From: from}, done) {
 			done(busyReply(buf))
 		}
 	}

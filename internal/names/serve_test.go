@@ -202,7 +202,7 @@ func TestBounds(t *testing.T) {
 		from netip.AddrPort
 		want bool
 	}{{client, true}, {client, true}, {client, false}, {other, true}, {other, false}} {
-		if got := r.start(ctx, Query{Msg: b, From: tc.from}, func(b []byte) { ended <- b }); got != tc.want {
+		if got := r.Handle(ctx, Query{Msg: b, From: tc.from}, func(b []byte) { ended <- b }); got != tc.want {
 			t.Errorf("question from %v accepted: %v, want %v", tc.from, got, tc.want)
 		}
 	}
@@ -226,7 +226,7 @@ func TestBounds(t *testing.T) {
 		t.Errorf("clients without questions: %v", r.clients)
 	}
 	r.mu.Unlock()
-	if !r.start(t.Context(), Query{Msg: b, From: client}, func(b []byte) { ended <- b }) {
+	if !r.Handle(t.Context(), Query{Msg: b, From: client}, func(b []byte) { ended <- b }) {
 		t.Error("no place after all were freed")
 	}
 	<-arrived

@@ -3,6 +3,8 @@ package gateway
 import (
 	"encoding/binary"
 	"net/netip"
+	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -26,7 +28,9 @@ func (l *loop) queryDNS(p *packet) {
 		return
 	}
 	l.g.opts.DNS.HandleDNS(p.payload(), local, false, func(answer []byte) {
-		l.post(func() { l.answerDNS(local, remote, answer) })
+		if answer != nil {
+			l.post(func() { l.answerDNS(local, remote, answer) }) // a full queue loses a datagram
+		}
 	})
 }
 
@@ -54,13 +58,22 @@ type dnsStream struct {
 	out     []byte // answers that netstack had no room for
 	waiting int    // queries without an answer
 	ended   bool   // the program sent its last query
+	begun   bool   // counted in loop.dnsStreams
+	active  time.Time
+	lost    atomic.Int32 // queries that ended when the loop's queue was full
 }
 
-// maxDNSQueries bounds the queries of one connection that are under way; maxDNSPending the answers not taken. Units: queries, bytes.
+// maxDNSQueries bounds the queries of one connection that are under way, maxDNSPending the answers not taken, maxDNSStreams the
+// connections: a look-up is not authorised as a connection, and must not fill the table of flows. Units: queries, bytes,
+// connections.
 const (
 	maxDNSQueries = 32
 	maxDNSPending = 128 << 10
+	maxDNSStreams = 256
 )
+
+// dnsIdle is how long a connection may be without a query under way and without an answer taken. Source: RFC 7766, 6.2.3.
+const dnsIdle = 10 * time.Second
 
 func newDNSStream(f *tcpFlow) *dnsStream { return &dnsStream{f: f} }
 
@@ -80,7 +93,12 @@ func (s *dnsStream) pump() {
 		f.reset("program: connection reset") // also while no more queries are read
 		return
 	}
+	if !s.begun && !s.begin() {
+		return
+	}
+	s.waiting -= int(s.lost.Swap(0))
 	s.write()
+	s.queries()
 	for f.state == stateOpen && s.waiting < maxDNSQueries && len(s.out) < maxDNSPending && len(s.in) < 1<<17 {
 		res, err := f.ep.Read(dnsWriter{s}, tcpip.ReadOptions{})
 		f.relay.bytesOut += uint64(res.Count)
@@ -100,6 +118,45 @@ func (s *dnsStream) pump() {
 	s.finish()
 }
 
+// begin counts the connection and watches it, or refuses it.
+func (s *dnsStream) begin() bool {
+	l := s.f.l
+	if l.dnsStreams >= maxDNSStreams {
+		l.g.counters.drop(dropTableFull)
+		s.f.reset("too many connections to the stack's DNS")
+		return false
+	}
+	s.begun, s.active = true, l.now
+	l.dnsStreams++
+	s.f.timer = l.after(dnsIdle, s.watch)
+	return true
+}
+
+// watch ends the connection when it was idle for long enough. Only an answer counts: who sends what has none, or half a query,
+// does not stay for that.
+func (s *dnsStream) watch() {
+	l := s.f.l
+	switch left := dnsIdle - l.now.Sub(s.active); {
+	case s.waiting > 0:
+		s.f.timer = l.after(dnsIdle, s.watch)
+	case left > 0:
+		s.f.timer = l.after(left, s.watch)
+	case len(s.out) > 0:
+		s.f.reset("the program takes no answers")
+	default:
+		s.f.relay.detail = "idle"
+		s.f.end()
+	}
+}
+
+// release takes the connection out of the count.
+func (s *dnsStream) release() {
+	if s.begun {
+		s.begun = false
+		s.f.l.dnsStreams--
+	}
+}
+
 // queries takes the complete ones.
 func (s *dnsStream) queries() {
 	f := s.f
@@ -108,31 +165,38 @@ func (s *dnsStream) queries() {
 		if len(s.in) < 2+n {
 			return
 		}
-		msg := append([]byte(nil), s.in[2:2+n]...)
+		msg := append([]byte{}, s.in[2:2+n]...) // not nil, however short
 		s.in = append(s.in[:0], s.in[2+n:]...)
 		s.waiting++
+		var replied atomic.Bool
 		f.l.g.opts.DNS.HandleDNS(msg, f.who.local, true, func(answer []byte) {
-			f.l.post(func() { s.answered(answer) })
+			if replied.Swap(true) {
+				return
+			}
+			if !f.l.post(func() { s.answered(answer) }) {
+				s.lost.Add(1)
+				f.l.markDirty(f)
+			}
 		})
 	}
 }
 
-// answered queues one answer.
+// answered queues one answer; nil is none.
 func (s *dnsStream) answered(answer []byte) {
 	if s.f.state != stateOpen {
 		return
 	}
-	if s.waiting == 0 {
-		return // answered already
-	}
 	s.waiting--
-	if len(answer) > 0xffff {
+	switch {
+	case answer == nil:
+	case len(answer) > 0xffff:
 		s.f.reset("an answer longer than DNS can say")
 		return
+	default:
+		s.active = s.f.l.now
+		s.out = binary.BigEndian.AppendUint16(s.out, uint16(len(answer)))
+		s.out = append(s.out, answer...)
 	}
-	s.out = binary.BigEndian.AppendUint16(s.out, uint16(len(answer)))
-	s.out = append(s.out, answer...)
-	s.queries()
 	s.pump()
 }
 
@@ -145,6 +209,9 @@ func (s *dnsStream) write() {
 		n, err := f.ep.Write(scratch, tcpip.WriteOptions{Atomic: true})
 		s.out = append(s.out[:0], s.out[n:]...)
 		f.relay.bytesIn += uint64(n)
+		if n > 0 {
+			s.active = f.l.now
+		}
 		if err != nil || n == 0 {
 			return // full: netstack tells when there is room; gone: the read tells
 		}

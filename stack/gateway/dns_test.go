@@ -197,5 +197,84 @@ func TestDNSBigAnswers(t *testing.T) {
 	})
 }
 
+// TestDNSWithoutAnswer: queries that get no answer take no place for ever, and connections that bring nothing else none either.
+func TestDNSWithoutAnswer(t *testing.T) {
+	d := &fakeDNS{}
+	d.set(func(m []byte, reply func([]byte)) {
+		if string(m) == "bad" {
+			reply(nil)
+			return
+		}
+		reply(m)
+	})
+	s := newScene(t, sceneOptions{Options: Options{DNS: d}})
+	eachFamily(t, func(t *testing.T, f family) {
+		at := netip.AddrPortFrom(f.stack, 53)
+		u := s.prog.dialUDP(t, at)
+		mustWrite(t, u, "bad")
+		c := s.prog.mustDial(t, at)
+		for range 4 * maxDNSQueries {
+			query(t, c, "bad")
+		}
+		query(t, c, "good")
+		if got := answerOf(t, c); got != "good" {
+			t.Fatalf("after queries without an answer: %q", got)
+		}
+		streams := func() (n int) { s.onLoop(func() { n = s.g.loop.dnsStreams }); return n }
+		conns := []io.Reader{c}
+		for range maxDNSStreams - 1 {
+			g := s.prog.mustDial(t, at)
+			query(t, g, "bad")
+			if _, err := g.Write([]byte{0, 9, 'h'}); err != nil { // half a query
+				t.Fatal(err)
+			}
+			conns = append(conns, g)
+		}
+		until(t, "all connections", func() bool { return streams() == maxDNSStreams })
+		before := s.g.Stats().Drops["table_full"]
+		if over, err := s.prog.dial(at); err == nil { // the reset may be faster than the connect is seen
+			if _, err := io.ReadAll(over); err == nil {
+				t.Error("a connection over the bound ended well, want a reset")
+			}
+			over.Close()
+		}
+		if got := s.g.Stats().Drops["table_full"]; got != before+1 {
+			t.Errorf("table_full went from %d to %d, want one more", before, got)
+		}
+		s.advance(dnsIdle + time.Second)
+		for _, g := range conns {
+			if rest, err := io.ReadAll(g); err != nil || len(rest) != 0 {
+				t.Fatalf("an idle connection: %q, %v, want EOF", rest, err)
+			}
+		}
+		until(t, "end of the flows", func() bool { return s.g.Stats().Flows == 0 && streams() == 0 })
+	})
+}
+
+// TestDNSFullQueue: an answer that finds the loop's queue full is lost, and its query's place is free again.
+func TestDNSFullQueue(t *testing.T) {
+	d := &fakeDNS{}
+	s := newScene(t, sceneOptions{Options: Options{DNS: d}})
+	c := s.prog.mustDial(t, netip.AddrPortFrom(families[0].stack, 53))
+	replies := make(chan func([]byte), maxDNSQueries) // as many as are under way at once
+	d.set(func(_ []byte, reply func([]byte)) { replies <- reply })
+	for range maxDNSQueries {
+		query(t, c, "lost")
+	}
+	until(t, "queries under way", func() bool { return len(replies) == maxDNSQueries })
+	d.set(func(m []byte, reply func([]byte)) { reply(m) })
+	s.onLoop(func() {
+		for s.g.loop.post(func() {}) {
+		}
+		for range maxDNSQueries {
+			(<-replies)([]byte("nobody has room"))
+		}
+	})
+	query(t, c, "good")
+	if got := answerOf(t, c); got != "good" {
+		t.Errorf("after lost answers: %q", got)
+	}
+}
+
 // addrPort is shorter.
 func addrPort(a netip.Addr, port uint16) netip.AddrPort { return netip.AddrPortFrom(a, port) }

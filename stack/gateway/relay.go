@@ -77,6 +77,9 @@ func (r *relay) release() {
 		r.editor.release()
 		r.editor = nil
 	}
+	if r.dns != nil {
+		r.dns.release()
+	}
 }
 
 // noteHost remembers an edge of the host socket.
