@@ -11,6 +11,7 @@ import (
 	"github.com/gaissmai/bart"
 
 	"github.com/wfpstack/wfpstack/layers"
+	"github.com/wfpstack/wfpstack/layers/filter"
 )
 
 // guard refuses what stands for the host itself, and the metadata services of clouds, where the program behind the stack would
@@ -18,23 +19,19 @@ import (
 type guard struct {
 	hostLoopback bool
 	stack        [2]netip.Addr // the stack's own addresses
+	metadata     metadataPermits
 	// own is what the host takes for itself; a set is never changed, but replaced by the follower.
 	own     atomic.Pointer[bart.Lite]
 	changes *os.File // tells of changes; see hostaddrs_linux.go
 	done    sync.WaitGroup
 }
 
-// Addresses of metadata services.
-var (
-	metadata4 = netip.PrefixFrom(netip.AddrFrom4([4]byte{169, 254, 0, 0}), 16)
-	metadata6 = netip.AddrFrom16([16]byte{0: 0xfd, 2: 0x0e, 3: 0xc2, 14: 0x02, 15: 0x54})
-)
-
-// newGuard makes a guard that follows the host's addresses.
+// newGuard makes a guard that follows the host's addresses. e has the filters that may open a metadata
+// service; nil: none does.
 //
 // Ownership: gives the guard, which the caller closes.
-func newGuard(hostLoopback bool, stack4, stack6 netip.Addr) (*guard, error) {
-	g := &guard{hostLoopback: hostLoopback, stack: [2]netip.Addr{stack4, stack6}}
+func newGuard(hostLoopback bool, stack4, stack6 netip.Addr, e *filter.Engine) (*guard, error) {
+	g := &guard{hostLoopback: hostLoopback, stack: [2]netip.Addr{stack4, stack6}, metadata: metadataPermits{engine: e}}
 	g.own.Store(new(bart.Lite))
 	if hostLoopback {
 		return g, nil // nothing of the host's is refused
@@ -82,13 +79,10 @@ func (g *guard) Close() error {
 
 // Check implements gateway.Guard.
 //
-// Hot path: once a connection; no lock, no allocation.
-func (g *guard) Check(remote netip.Addr, permitted bool) layers.Reason {
+// Hot path: once a connection; no lock, and no allocation but for the first connection to a metadata service after filters changed.
+func (g *guard) Check(remote netip.Addr, d *layers.Decision) layers.Reason {
 	a := remote.Unmap().WithZone("")
-	if metadata4.Contains(a) || a == metadata6 {
-		if permitted {
-			return layers.ReasonNone
-		}
+	if isMetadata(a) && !g.metadata.opens(a, d) {
 		return layers.ReasonMetadataGuard
 	}
 	if g.hostLoopback {

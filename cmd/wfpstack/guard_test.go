@@ -16,12 +16,15 @@ import (
 	"github.com/wfpstack/wfpstack/layers"
 )
 
+// permit is a decision that no filter made.
+var permit = &layers.Decision{Action: layers.Permit, Reason: layers.ReasonDefault}
+
 func TestGuard(t *testing.T) {
 	stack4, stack6 := netip.MustParseAddr("198.18.0.1"), netip.MustParseAddr("fd77::1")
 	own := netip.MustParseAddr("203.0.113.7")
 	guards := map[bool]*guard{}
 	for _, hostLoopback := range []bool{false, true} {
-		g, err := newGuard(hostLoopback, stack4, stack6)
+		g, err := newGuard(hostLoopback, stack4, stack6, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -35,28 +38,28 @@ func TestGuard(t *testing.T) {
 	}
 	const none, loop, meta = layers.ReasonNone, layers.ReasonLoopbackGuard, layers.ReasonMetadataGuard
 	for _, tt := range []struct {
-		addr                      string
-		closed, permitted, opened layers.Reason // without --host-loopback, the same with a filter that permits, with --host-loopback
+		addr           string
+		closed, opened layers.Reason // without and with --host-loopback
 	}{
-		{"198.51.100.1", none, none, none},
-		{"2001:db8::1", none, none, none},
-		{"127.0.0.1", loop, loop, none},
-		{"127.255.255.254", loop, loop, none},
-		{"::1", loop, loop, none},
-		{"::ffff:127.0.0.1", loop, loop, none},
-		{"0.0.0.0", loop, loop, none},
-		{"0.1.2.3", loop, loop, none},
-		{"::", loop, loop, none},
-		{"198.18.0.1", loop, loop, none},
-		{"fd77::1", loop, loop, none},
-		{"203.0.113.7", loop, loop, none},
-		{"::ffff:203.0.113.7", loop, loop, none},
-		{"169.254.169.254", meta, none, meta},
-		{"169.254.0.1", meta, none, meta},
-		{"::ffff:169.254.169.254", meta, none, meta},
-		{"fd00:ec2::254", meta, none, meta},
-		{"169.253.255.255", none, none, none},
-		{"fd00:ec2::253", none, none, none},
+		{"198.51.100.1", none, none},
+		{"2001:db8::1", none, none},
+		{"127.0.0.1", loop, none},
+		{"127.255.255.254", loop, none},
+		{"::1", loop, none},
+		{"::ffff:127.0.0.1", loop, none},
+		{"0.0.0.0", loop, none},
+		{"0.1.2.3", loop, none},
+		{"::", loop, none},
+		{"198.18.0.1", loop, none},
+		{"fd77::1", loop, none},
+		{"203.0.113.7", loop, none},
+		{"::ffff:203.0.113.7", loop, none},
+		{"169.254.169.254", meta, meta},
+		{"169.254.0.1", meta, meta},
+		{"::ffff:169.254.169.254", meta, meta},
+		{"fd00:ec2::254", meta, meta},
+		{"169.253.255.255", none, none},
+		{"fd00:ec2::253", none, none},
 	} {
 		a := netip.MustParseAddr(tt.addr)
 		for _, c := range []struct {
@@ -64,23 +67,22 @@ func TestGuard(t *testing.T) {
 			got  layers.Reason
 			want layers.Reason
 		}{
-			{"closed", guards[false].Check(a, false), tt.closed},
-			{"permitted by a filter", guards[false].Check(a, true), tt.permitted},
-			{"with --host-loopback", guards[true].Check(a, false), tt.opened},
+			{"closed", guards[false].Check(a, permit), tt.closed},
+			{"with --host-loopback", guards[true].Check(a, permit), tt.opened},
 		} {
 			if c.got != c.want {
 				t.Errorf("%s, %s: %v, want %v", tt.addr, c.name, c.got, c.want)
 			}
 		}
 	}
-	if n := testing.AllocsPerRun(100, func() { guards[false].Check(own, false) }); n != 0 {
+	if n := testing.AllocsPerRun(100, func() { guards[false].Check(own, permit) }); n != 0 {
 		t.Errorf("%v allocations a check", n)
 	}
 }
 
 // TestGuardKnowsTheMachine refuses every address that this machine has.
 func TestGuardKnowsTheMachine(t *testing.T) {
-	g, err := newGuard(false, netip.Addr{}, netip.Addr{})
+	g, err := newGuard(false, netip.Addr{}, netip.Addr{}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -91,7 +93,7 @@ func TestGuardKnowsTheMachine(t *testing.T) {
 	}
 	for _, a := range addrs {
 		ip, _ := netip.AddrFromSlice(a.(*net.IPNet).IP)
-		if r := g.Check(ip, false); r != layers.ReasonLoopbackGuard {
+		if r := g.Check(ip, permit); r != layers.ReasonLoopbackGuard {
 			t.Errorf("%v: %v", ip, r)
 		}
 	}
@@ -116,7 +118,7 @@ func TestGuardFollows(t *testing.T) {
 		}
 		return
 	}
-	g, err := newGuard(false, netip.Addr{}, netip.Addr{})
+	g, err := newGuard(false, netip.Addr{}, netip.Addr{}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,12 +131,12 @@ func TestGuardFollows(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused := func(a netip.Addr) func() bool {
-		return func() bool { return g.Check(a, false) == layers.ReasonLoopbackGuard }
+		return func() bool { return g.Check(a, permit) == layers.ReasonLoopbackGuard }
 	}
 	for _, text := range []string{"203.0.113.9/32", "2001:db8::9/128"} {
 		p := netip.MustParsePrefix(text)
 		addr := &netlink.Addr{IPNet: ipNet(p)}
-		if r := g.Check(p.Addr(), false); r != layers.ReasonNone {
+		if r := g.Check(p.Addr(), permit); r != layers.ReasonNone {
 			t.Errorf("%v before it is ours: %v", p, r)
 		}
 		if err := netlink.AddrAdd(lo, addr); err != nil {

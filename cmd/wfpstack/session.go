@@ -71,7 +71,7 @@ func newSession(c sessionConfig) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.guard, err = newGuard(c.hostLoopback, c.network.stack4, c.network.stack6); err != nil {
+	if s.guard, err = newGuard(c.hostLoopback, c.network.stack4, c.network.stack6, s.engine); err != nil {
 		return nil, errors.Join(err, s.policy.Close())
 	}
 	s.table = names.NewTable(names.TableOptions{})
