@@ -1,8 +1,9 @@
 # make check is what CI runs on a machine that has the programs (.ci/run installs them first).
 .PHONY: build test check bench bench-e2e soak fuzz clean
 
+# Without cgo: only then can run give up capabilities on all threads, and is the program one static file.
 build:
-	go build -o wfpstack ./cmd/wfpstack
+	CGO_ENABLED=0 go build -o wfpstack ./cmd/wfpstack
 
 test:
 	go test ./...

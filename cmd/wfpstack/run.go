@@ -156,7 +156,7 @@ func (d *daemon) open(config policy.Config) error {
 		return err
 	}
 	if err := dropCapabilities(); err != nil {
-		d.out.logger.Info("capabilities stay", "err", err)
+		d.out.logger.Warn("capabilities stay", "err", err)
 	}
 	return nil
 }
