@@ -236,6 +236,7 @@ func (g *Gateway) startStack() error {
 const (
 	defaultBuffer = 1 << 20
 	maxBuffer     = 8 << 20
+	minBuffer     = 128 << 10
 	timeWait      = time.Second // the loop evicts a TIME_WAIT in the way of a new connection, so that it need not last
 )
 
@@ -264,7 +265,8 @@ func (g *Gateway) sizeBuffers() {
 		return
 	}
 	g.buffers = step
-	share := max(maxBuffer>>step, 128<<10)
+	// Each has one buffer for either direction, and there are up to 32 << step connections.
+	share := max(min(maxBuffer, bufferBudget/2/(32<<step)), minBuffer)
 	def := min(defaultBuffer, share)
 	receive := tcpip.TCPReceiveBufferSizeRangeOption{Min: 4096, Default: def, Max: share}
 	send := tcpip.TCPSendBufferSizeRangeOption{Min: 4096, Default: def, Max: share}

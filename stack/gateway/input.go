@@ -44,13 +44,6 @@ func (p *packet) proto() tcpip.NetworkProtocolNumber {
 	return header.IPv4ProtocolNumber
 }
 
-func (p *packet) family() layers.Family {
-	if p.h.V6 {
-		return layers.V6
-	}
-	return layers.V4
-}
-
 // input takes one packet that a program sent.
 //
 //	device → input ─┬─ fragment → netstack reassembles → reassembled ─┐
