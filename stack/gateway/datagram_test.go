@@ -114,6 +114,50 @@ func TestDatagramBurst(t *testing.T) {
 	})
 }
 
+// TestDatagramBurstOverNarrowLink: what the host's kernel cannot send as segments of one goes one by one.
+func TestDatagramBurstOverNarrowLink(t *testing.T) {
+	s := newScene(t, sceneOptions{mtu: 9000})
+	far := newServerSpace(t, 1500)
+	eachFamily(t, func(t *testing.T, f family) {
+		server := far.listenUDP(t, netip.AddrPortFrom(f.far, 0))
+		_ = server.SetReadBuffer(8 << 20)
+		c := s.prog.dialUDP(t, netip.MustParseAddrPort(server.LocalAddr().String()))
+		raw, err := c.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		level, opt, mode := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DONT
+		if f.v == layers.V6 {
+			level, opt, mode = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_DONT
+		}
+		_ = raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), level, opt, mode) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, 1<<16)
+		if f.v == layers.V6 {
+			// IPv6 has no fragmentation on the way: the first tells the program's kernel of the narrow link.
+			mustWrite(t, c, string(buf[:2000]))
+			until(t, "path MTU", func() bool {
+				mtu := 0
+				_ = raw.Control(func(fd uintptr) { mtu, err = unix.GetsockoptInt(int(fd), level, unix.IPV6_MTU) })
+				return mtu == 1500
+			})
+		}
+		for i := range 40 {
+			msg := make([]byte, 2000)
+			msg[0] = byte(i)
+			until(t, "write", func() bool { _, err := c.Write(msg); return err == nil }) // the error of the first is told once
+		}
+		for i := range 40 {
+			_ = server.SetReadDeadline(time.Now().Add(3 * time.Second))
+			if n, _, err := server.ReadFromUDPAddrPort(buf); err != nil || n != 2000 || buf[0] != byte(i) {
+				t.Fatalf("datagram %d: %d bytes, number %d, %v", i, n, buf[0], err)
+			}
+		}
+	})
+}
+
 func TestErrnoOfDatagrams(t *testing.T) {
 	s := newScene(t, sceneOptions{})
 	addRefusals(t)

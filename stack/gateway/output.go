@@ -105,19 +105,22 @@ func (g *Gateway) inboundLayers(s *scratch, who *subject, v layers.PacketView) b
 	if hasData(who, &v) {
 		kinds[0], kinds[1] = kinds[1], kinds[0]
 	}
-	for _, kind := range kinds {
-		id := kind.Layer(who.family())
-		if !g.wanted(id) {
-			continue
-		}
-		in := g.fill(s, kind, who, layers.Inbound)
-		if g.engine.HasCallouts(id) || g.opts.Trace != nil {
-			g.lend(s, v)
-		}
-		if d := g.decide(s); d.Blocked() {
-			g.blockedPacket(in.Layer, who, &d)
-			return false
-		}
+	return g.inboundLayer(s, who, v, kinds[0]) && g.inboundLayer(s, who, v, kinds[1])
+}
+
+// inboundLayer raises one packet layer for a packet to a program.
+func (g *Gateway) inboundLayer(s *scratch, who *subject, v layers.PacketView, kind layers.Kind) bool {
+	id := kind.Layer(who.family())
+	if !g.wanted(id) {
+		return true
+	}
+	in := g.fill(s, kind, who, layers.Inbound)
+	if g.engine.HasCallouts(id) || g.opts.Trace != nil {
+		g.lend(s, v)
+	}
+	if d := g.decide(s); d.Blocked() {
+		g.blockedPacket(in.Layer, who, &d)
+		return false
 	}
 	return true
 }
@@ -289,7 +292,9 @@ func (l *loop) sendToProgram(who *subject, b []byte, mark layers.InjectionMark, 
 		}
 		v := layers.PacketView{IPHeader: b[:h.TransportStart:h.TransportStart], TransportHeader: b[h.TransportStart:h.PayloadStart:h.PayloadStart],
 			Payload: [][]byte{b[h.PayloadStart:]}, PayloadLen: len(b) - h.PayloadStart, Direction: layers.Inbound, State: mark}
-		if kind != layers.InboundICMPError && !g.inboundLayers(&g.loopScratch, who, v) {
+		// An error message is at the network layer as any packet; its own layer is not raised yet.
+		if kind == layers.InboundICMPError && !g.inboundLayer(&g.loopScratch, who, v, layers.InboundIPPacket) ||
+			kind != layers.InboundICMPError && !g.inboundLayers(&g.loopScratch, who, v) {
 			return false
 		}
 	}

@@ -456,10 +456,7 @@ func TestBlockAtFlowEstablished(t *testing.T) {
 	eachFamily(t, func(t *testing.T, f family) {
 		s.block(f, layers.ALEFlowEstablished)
 		l := (*space)(nil).listenTCP(t, loopbackOf(f))
-		c := s.prog.mustDial(t, portOf(f, l.Addr()))
-		if n, err := c.Read(make([]byte, 1)); errnoOf(err) != syscall.ECONNRESET {
-			t.Errorf("read: %d, %v, want ECONNRESET", n, err)
-		}
+		s.prog.wantReset(t, "the program", portOf(f, l.Addr()))
 	})
 }
 

@@ -167,13 +167,13 @@ func (s *skipper) Write(b []byte) (int, error) {
 // Hot path: no copy, no allocation.
 func (f *tcpFlow) pumpOut(l *loop) {
 	r := &f.relay
-	if r.editor != nil {
-		r.editor.pumpOut()
-		return
-	}
 	if !r.hostWritable && !r.outEnded && f.programError() {
 		// The host takes nothing now, perhaps never again: it is not waited for longer than for data before any reset.
 		f.resetHost("program: connection reset")
+		return
+	}
+	if r.editor != nil {
+		r.editor.pumpOut()
 		return
 	}
 	for moved := 0; r.hostWritable && !r.outEnded; {

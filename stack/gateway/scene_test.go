@@ -228,6 +228,20 @@ func (s *space) mustDial(t testing.TB, remote netip.AddrPort) *net.TCPConn {
 	return c.(*net.TCPConn)
 }
 
+// wantReset connects and expects a reset, which may be there before the connect was looked at.
+func (s *space) wantReset(t testing.TB, who string, remote netip.AddrPort) {
+	t.Helper()
+	c, err := s.dial(remote)
+	if err == nil {
+		_ = c.SetDeadline(time.Now().Add(patience))
+		_, err = c.Read(make([]byte, 1))
+		c.Close()
+	}
+	if errnoOf(err) != syscall.ECONNRESET {
+		t.Errorf("%s: %v, want to be connected and reset", who, err)
+	}
+}
+
 // dialUDP makes a connected UDP socket in the namespace.
 func (s *space) dialUDP(t testing.TB, remote netip.AddrPort) *net.UDPConn {
 	t.Helper()
