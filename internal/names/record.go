@@ -3,7 +3,6 @@ package names
 import (
 	"net"
 	"net/netip"
-	"strings"
 	"time"
 
 	"github.com/miekg/dns"
@@ -48,43 +47,24 @@ func (r *Resolver) remember(ip net.IP, ttl time.Duration, names []string) {
 	}
 }
 
-// hints remembers the addresses that a service binding suggests, also under the name of the service without its port and scheme,
-// and under the name of the target.
+// hints remembers the addresses that a service binding suggests, under the name that was asked for and its aliases alone. Neither the
+// target nor the service's name without port and scheme get them: whoever owns the record can write any address into it, and no
+// resolver checks that against who owns those names.
 //
-// Source: RFC 9460, 2.3, 7.3.
+// Source: RFC 9460, 7.3.
 func (r *Resolver) hints(rr *dns.SVCB, ttl time.Duration, names []string) {
-	all := make([]string, 0, len(names)+2)
-	if base := serviceBase(names[0]); base != names[0] {
-		all = append(all, base)
-	}
-	all = append(all, names...)
-	if target := canonical(rr.Target); target != "" {
-		all = append(all, target)
-	}
 	for _, v := range rr.Value {
 		switch v := v.(type) {
 		case *dns.SVCBIPv4Hint:
 			for _, ip := range v.Hint {
-				r.remember(ip, ttl, all)
+				r.remember(ip, ttl, names)
 			}
 		case *dns.SVCBIPv6Hint:
 			for _, ip := range v.Hint {
-				r.remember(ip, ttl, all)
+				r.remember(ip, ttl, names)
 			}
 		}
 	}
-}
-
-// serviceBase cuts leading labels such as "_8443._https" off.
-func serviceBase(name string) string {
-	for strings.HasPrefix(name, "_") {
-		_, rest, ok := strings.Cut(name, ".")
-		if !ok {
-			return name
-		}
-		name = rest
-	}
-	return name
 }
 
 // aliases gives the chain of names that starts with name, following CNAMEs; a loop ends it.

@@ -441,9 +441,12 @@ func TestRecord(t *testing.T) {
 		{"service binding", "a.example", dns.TypeHTTPS, []string{"a.example. 60 IN HTTPS 1 . alpn=h3 ipv4hint=203.0.113.1,203.0.113.2 ipv6hint=2001:db8::1"},
 			map[string][]string{"203.0.113.1": {"a.example"}, "203.0.113.2": {"a.example"}, "2001:db8::1": {"a.example"}}},
 		{"service binding with port and target", "_8443._https.a.example", dns.TypeHTTPS, []string{"_8443._https.a.example. 60 IN HTTPS 1 cdn.example. ipv4hint=203.0.113.1"},
-			map[string][]string{"203.0.113.1": {"a.example", "_8443._https.a.example", "cdn.example"}}},
+			map[string][]string{"203.0.113.1": {"_8443._https.a.example"}}},
+		{"service binding behind an alias that names another's target", "evil.example", dns.TypeHTTPS, []string{
+			"evil.example. 60 IN CNAME www.evil.example.", "www.evil.example. 60 IN HTTPS 1 good.example. ipv4hint=203.0.113.1 ipv6hint=2001:db8::1"},
+			map[string][]string{"203.0.113.1": {"evil.example", "www.evil.example"}, "2001:db8::1": {"evil.example", "www.evil.example"}}},
 		{"generic service binding", "_dns.a.example", dns.TypeSVCB, []string{"_dns.a.example. 60 IN SVCB 1 . ipv6hint=2001:db8::1"},
-			map[string][]string{"2001:db8::1": {"a.example", "_dns.a.example"}}},
+			map[string][]string{"2001:db8::1": {"_dns.a.example"}}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := newNetwork(t)
