@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/wfpstack/wfpstack/internal/names"
 	"github.com/wfpstack/wfpstack/internal/sandbox"
 	"github.com/wfpstack/wfpstack/stack/gateway"
 )
@@ -126,7 +127,10 @@ func runExec(f *execFlags, command []string, std streams) error {
 		MTU: f.common.mtu, Address4: n.program4, Address6: n.program6, Gateway4: n.stack4, Gateway6: n.stack6,
 		HideSockets: f.hideSockets, HidePaths: place.hide(), KillDescendants: f.killDescendants, Logger: out.logger,
 	})
-	s, err := newSession(f.common.session(n, config, publish, out))
+	session := f.common.session(n, config, publish, out)
+	// The command may run as the owner of the host's files.
+	session.resolver = func(o *names.Options) { o.FreezeFiles = true }
+	s, err := newSession(session)
 	box, boxErr := starting()
 	if err := errors.Join(err, boxErr); err != nil {
 		if sig := signals.first(); sig != 0 {

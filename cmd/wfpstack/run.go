@@ -227,6 +227,7 @@ func (d *daemon) serve(signals <-chan os.Signal) error {
 			case syscall.SIGPIPE: // a reader of our lines went away
 			case syscall.SIGHUP:
 				d.notify.reloading()
+				d.session.resolver.Refresh()
 				d.reload()
 				d.notify.ready(d.status())
 			default:

@@ -155,10 +155,15 @@ func (h *Hosts) Len() int {
 
 // watched is a file that is read again when it changed. A question costs one stat.
 type watched[T any] struct {
-	path  string
-	parse func([]byte) T
+	path   string
+	parse  func([]byte) T
+	frozen bool // what the first reading found stays, also an error
 
 	mu sync.Mutex
+	// +checklocks:mu
+	done bool // it was read
+	// +checklocks:mu
+	failed error // of the last reading
 	// +checklocks:mu
 	seen os.FileInfo // nil: not read yet, or not there
 	// +checklocks:mu
@@ -169,6 +174,18 @@ type watched[T any] struct {
 func (w *watched[T]) load() (value T, fresh bool, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.frozen && w.done {
+		return w.value, false, w.failed
+	}
+	value, fresh, err = w.read()
+	w.done, w.failed = true, err
+	return value, fresh, err
+}
+
+// read is load where the file may have changed.
+//
+// +checklocks:w.mu
+func (w *watched[T]) read() (value T, fresh bool, err error) {
 	fi, err := os.Stat(w.path)
 	if err == nil && w.seen != nil && os.SameFile(fi, w.seen) && fi.ModTime().Equal(w.seen.ModTime()) && fi.Size() == w.seen.Size() {
 		return w.value, false, nil

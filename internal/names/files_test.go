@@ -3,11 +3,14 @@ package names
 import (
 	"net/netip"
 	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/miekg/dns"
 )
 
 func TestParseResolvConf(t *testing.T) {
@@ -96,6 +99,44 @@ func TestWatchedFile(t *testing.T) {
 	must(t, os.WriteFile(path, []byte(strings.Repeat("0123456\n", maxFileSize/8)+"beyond"), 0o644))
 	if got, _, err := w.load(); err != nil || len(got) != maxFileSize || strings.HasSuffix(got, "beyond") {
 		t.Errorf("a file beyond the bound: %d bytes, %v, want %d", len(got), err, maxFileSize)
+	}
+}
+
+// TestFreezeFiles: who can write the host's files while the resolver runs gives no address a name by that, and no name server.
+func TestFreezeFiles(t *testing.T) {
+	for _, frozen := range []bool{false, true} {
+		hosts, conf := file(t, "hosts", "203.0.113.1 a.example\n"), file(t, "resolv.conf", "nameserver 192.0.2.53\n")
+		table := NewTable(TableOptions{})
+		r := NewResolver(Options{Hosts: hosts, ResolvConf: conf, Table: table, FreezeFiles: frozen})
+		must(t, os.WriteFile(hosts, []byte("203.0.113.66 a.example\n203.0.113.66 allowed.example\n"), 0o644))
+		must(t, os.WriteFile(conf, []byte("nameserver 203.0.113.66\nnameserver 203.0.113.67\n"), 0o644))
+		m := lookup(t, r, query("a.example", dns.TypeA), false)
+		r.Refresh()
+		c, _, err := r.resolv.load()
+		must(t, err)
+		wantAddr, wantNames, wantServers := "203.0.113.66", 2, 2
+		if frozen {
+			wantAddr, wantNames, wantServers = "203.0.113.1", 0, 1
+		}
+		if len(m.Answer) != 1 || m.Answer[0].(*dns.A).A.String() != wantAddr {
+			t.Errorf("frozen %v: answer %v, want %s", frozen, m.Answer, wantAddr)
+		}
+		if got := table.NamesOf(addr("203.0.113.66")); len(got) != wantNames {
+			t.Errorf("frozen %v: names %v, want %d", frozen, got, wantNames)
+		}
+		if len(c.Servers) != wantServers {
+			t.Errorf("frozen %v: servers %v, want %d", frozen, c.Servers, wantServers)
+		}
+		must(t, r.Close())
+	}
+	// What could not be read stays unread.
+	path := filepath.Join(t.TempDir(), "later")
+	w := watched[string]{path: path, frozen: true, parse: func(b []byte) string { return string(b) }}
+	for range 2 {
+		if got, _, err := w.load(); got != "" || err == nil {
+			t.Errorf("a missing file: %q, %v, want an error", got, err)
+		}
+		must(t, os.WriteFile(path, []byte("now"), 0o644))
 	}
 }
 

@@ -84,6 +84,8 @@ type Query struct {
 type Options struct {
 	// ResolvConf and Hosts are the host's files; "/etc/resolv.conf" and "/etc/hosts" if empty. They are read again when they change.
 	ResolvConf, Hosts string
+	// FreezeFiles reads them once, in NewResolver: for programs that may be able to write them, and would so give addresses names.
+	FreezeFiles bool
 	// StackAddrs are the addresses of the stack, which HostName has. A name server with such an address is left out: it is us.
 	StackAddrs []netip.Addr
 	// Prefixes are the stack's own; reverse look-ups in them never leave.
@@ -101,7 +103,7 @@ type Options struct {
 	Timeout time.Duration
 	// Deadline bounds the whole look-up; 12 s if 0.
 	Deadline time.Duration
-	// MaxInFlight bounds the questions under way, MaxPerClient those of one client port; 512 and 64 if 0.
+	// MaxInFlight bounds the questions under way, MaxPerClient those of one client address; 512 and 128 if 0.
 	MaxInFlight, MaxPerClient int
 	// MaxConns bounds the TCP connections of programs, ConnIdle how long one may be silent; 256 and 10 s if 0.
 	MaxConns int
@@ -159,9 +161,9 @@ type Resolver struct {
 	inFlight int
 	// +checklocks:mu
 	conns int
-	// clients holds the questions under way of each client port; a client without any is not in it.
+	// clients holds the questions under way of each client address; a client without any is not in it.
 	// +checklocks:mu
-	clients map[netip.AddrPort]int
+	clients map[netip.Addr]int
 }
 
 // NewResolver makes a Resolver. Close it.
@@ -185,7 +187,7 @@ func NewResolver(opt Options) *Resolver {
 		opt.MaxInFlight = 512
 	}
 	if opt.MaxPerClient <= 0 {
-		opt.MaxPerClient = 64
+		opt.MaxPerClient = 128
 	}
 	if opt.MaxConns <= 0 {
 		opt.MaxConns = 256
@@ -198,9 +200,9 @@ func NewResolver(opt Options) *Resolver {
 	}
 	r := &Resolver{
 		opt:     opt,
-		resolv:  watched[ResolvConf]{path: opt.ResolvConf, parse: ParseResolvConf},
-		hosts:   watched[*Hosts]{path: opt.Hosts, parse: ParseHosts},
-		clients: make(map[netip.AddrPort]int),
+		resolv:  watched[ResolvConf]{path: opt.ResolvConf, frozen: opt.FreezeFiles, parse: ParseResolvConf},
+		hosts:   watched[*Hosts]{path: opt.Hosts, frozen: opt.FreezeFiles, parse: ParseHosts},
+		clients: make(map[netip.Addr]int),
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	r.Refresh()
@@ -208,7 +210,7 @@ func NewResolver(opt Options) *Resolver {
 }
 
 // Refresh reads the host's files again where they changed, so that the [Table] knows the names of /etc/hosts also when a program
-// reads that file itself and asks nothing. Each question does the same.
+// reads that file itself and asks nothing. Each question does the same. With Options.FreezeFiles neither does anything.
 func (r *Resolver) Refresh() {
 	r.loadHosts()
 	if _, _, err := r.resolv.load(); err != nil {
@@ -267,7 +269,8 @@ func (r *Resolver) Handle(ctx context.Context, q Query, reply func(answer []byte
 		r.count.malformed.Add(1)
 		return false
 	}
-	if !r.enter(q.From) {
+	client := q.From.Addr().WithZone("").Unmap() // ports are the program's to choose
+	if !r.enter(client) {
 		return false
 	}
 	q.Msg = bytes.Clone(q.Msg)
@@ -275,14 +278,14 @@ func (r *Resolver) Handle(ctx context.Context, q Query, reply func(answer []byte
 	go func() {
 		defer r.wg.Done()
 		answer := r.serve(ctx, q)
-		r.leave(q.From)
+		r.leave(client)
 		reply(answer)
 	}()
 	return true
 }
 
 // enter takes a place for a question.
-func (r *Resolver) enter(from netip.AddrPort) bool {
+func (r *Resolver) enter(from netip.Addr) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
@@ -302,7 +305,7 @@ func (r *Resolver) enter(from netip.AddrPort) bool {
 	return true
 }
 
-func (r *Resolver) leave(from netip.AddrPort) {
+func (r *Resolver) leave(from netip.Addr) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.inFlight--

@@ -201,7 +201,8 @@ func TestBounds(t *testing.T) {
 	for _, tc := range []struct {
 		from netip.AddrPort
 		want bool
-	}{{client, true}, {client, true}, {client, false}, {other, true}, {other, false}} {
+	}{{client, true}, {netip.AddrPortFrom(client.Addr(), client.Port()+1), true}, {netip.AddrPortFrom(client.Addr(), client.Port()+2), false},
+		{other, true}, {other, false}} {
 		if got := r.Handle(ctx, Query{Msg: b, From: tc.from}, func(b []byte) { ended <- b }); got != tc.want {
 			t.Errorf("question from %v accepted: %v, want %v", tc.from, got, tc.want)
 		}
@@ -237,6 +238,34 @@ func TestBounds(t *testing.T) {
 	if r.Handle(t.Context(), Query{Msg: b, From: client}, func([]byte) { t.Error("answer from a closed resolver") }) {
 		t.Error("a closed resolver took a question")
 	}
+}
+
+// TestClientShare: one address, from however many ports, leaves room for others.
+func TestClientShare(t *testing.T) {
+	stuck := make(chan struct{})
+	r := newResolver(t, newNetwork(t), "", Options{Decide: func(Question) Decision { <-stuck; return Decision{} }})
+	b, err := query("localhost", dns.TypeA).Pack()
+	must(t, err)
+	var ended sync.WaitGroup
+	accepted := 0
+	for port := range r.Stats().InFlightLimit {
+		ended.Add(1)
+		if !r.Handle(t.Context(), Query{Msg: b, From: netip.AddrPortFrom(client.Addr(), uint16(1024+port))}, func([]byte) { ended.Done() }) {
+			ended.Done()
+			continue
+		}
+		accepted++
+	}
+	if accepted != 128 {
+		t.Errorf("one address has %d questions under way, want 128", accepted)
+	}
+	ended.Add(1)
+	if !r.Handle(t.Context(), Query{Msg: b, From: netip.MustParseAddrPort("[fd77::2]:4000")}, func([]byte) { ended.Done() }) {
+		t.Error("no place for another address")
+		ended.Done()
+	}
+	close(stuck)
+	ended.Wait()
 }
 
 // TestHandleDoesNotWait calls Handle where everything that comes after it is stuck.
