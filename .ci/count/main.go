@@ -4,7 +4,7 @@
 //	count -sum -totals FILE
 //
 // Skipped tests count as failed: CI has everything that a test may want. Left out are tests that say they belong to
-// `make soak`, and with -user those that belong to root's run.
+// `make soak`, with -user those that belong to root's run, and with -race those that the race detector leaves nothing to tell.
 package main
 
 import (
@@ -33,11 +33,14 @@ type event struct {
 // rootsOwn is what internal/need says when a test that wants root is run by an ordinary user in CI.
 const rootsOwn = "belongs to root's run"
 
+// detector is in what a test says that counts allocations, and cannot under the race detector.
+const detector = "the race detector"
+
 // soak is what a test says that takes longer than two minutes.
 const soak = "WFPSTACK_SOAK=1"
 
 type counter struct {
-	user                    bool
+	user, race              bool
 	passed, failed, skipped int
 	output                  map[string]*strings.Builder // by package and test
 	failedIn                map[string]int              // failed tests by package
@@ -47,12 +50,13 @@ func main() {
 	name := flag.String("name", "", "what this run is called")
 	totals := flag.String("totals", "", "file that numbers are added to")
 	user := flag.Bool("user", false, "leave to root what belongs to root")
+	race := flag.Bool("race", false, "leave to the run without the race detector what it hides")
 	sum := flag.Bool("sum", false, "print the sum of the file and end")
 	flag.Parse()
 	if *sum {
 		os.Exit(printSum(*totals))
 	}
-	c := &counter{user: *user, output: map[string]*strings.Builder{}, failedIn: map[string]int{}}
+	c := &counter{user: *user, race: *race, output: map[string]*strings.Builder{}, failedIn: map[string]int{}}
 	start := time.Now()
 	err := c.run(flag.Args())
 	if err != nil && c.failed == 0 {
@@ -145,7 +149,7 @@ func (c *counter) testEnd(e event, key string) {
 		c.failedIn[e.Package]++
 		fmt.Printf("--- FAIL %s %s (%.1fs)\n%s", e.Package, e.Test, e.Elapsed, text)
 	case "skip":
-		if c.user && strings.Contains(text, rootsOwn) {
+		if c.user && strings.Contains(text, rootsOwn) || c.race && strings.Contains(text, detector) {
 			return
 		}
 		if strings.Contains(text, soak) {
