@@ -106,20 +106,33 @@ func start(t testing.TB, args ...string) *process {
 // startWith starts the program with more in its environment. Its runtime folder is the test's own.
 func startWith(t testing.TB, env []string, args ...string) *process {
 	t.Helper()
+	p := prepare(t, env, args...)
+	p.begin()
+	return p
+}
+
+// prepare is startWith, but for the start.
+func prepare(t testing.TB, env []string, args ...string) *process {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), runTime)
 	p := &process{t: t, cmd: exec.CommandContext(ctx, testExe(), args...), stop: cancel, began: time.Now(), args: args}
 	p.cmd.Env = append(os.Environ(), programEnv+"=1", "XDG_RUNTIME_DIR="+t.TempDir(), "XDG_CONFIG_HOME="+t.TempDir())
 	p.cmd.Env = append(p.cmd.Env, env...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.err
+	return p
+}
+
+// begin starts what was prepared.
+func (p *process) begin() {
+	p.t.Helper()
 	if err := p.cmd.Start(); err != nil {
-		cancel()
-		t.Fatal(err)
+		p.stop()
+		p.t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		cancel()
+	p.t.Cleanup(func() {
+		p.stop()
 		_ = p.cmd.Wait() // again, or for one that the test left behind
 	})
-	return p
 }
 
 func (p *process) wait() result {

@@ -1,13 +1,13 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/wfpstack/wfpstack/internal/control"
 	"github.com/wfpstack/wfpstack/layers"
@@ -18,7 +18,7 @@ const linePrefix = "wfpstack: "
 
 // outputs is where our own lines and the events go.
 type outputs struct {
-	lines    io.Writer
+	lines    *lineQueue
 	logger   *slog.Logger
 	recorder layers.Recorder
 	tally    tally
@@ -30,15 +30,23 @@ type outputs struct {
 //
 // Ownership: gives the outputs; lends both files until they are closed.
 func (f *commonFlags) openOutputs(instance string, console, dash *os.File) (*outputs, error) {
-	o := &outputs{lines: console}
+	o := &outputs{}
+	lines := console
 	if f.logFile != "" && f.logFile != "-" {
 		file, err := os.OpenFile(f.logFile, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 		if err != nil {
 			return nil, fmt.Errorf("--log-file: %w", err)
 		}
-		o.lines = file
+		lines = file
 		o.close = append(o.close, file.Close)
 	}
+	o.lines = newLineQueue(lines, lineQueueSize, lineQueueWait)
+	o.close = append(o.close, func() error {
+		if err := o.lines.Close(); lines != console {
+			return err
+		}
+		return nil // nobody would read that nobody reads
+	})
 	all := recorders{&o.tally}
 	if f.events != "" {
 		file := dash
@@ -66,7 +74,7 @@ func (f *commonFlags) openOutputs(instance string, console, dash *os.File) (*out
 		o.close = append(o.close, w.Close)
 		all = append(all, w)
 	}
-	o.logger = slog.New(&lineHandler{w: o.lines, level: level})
+	o.logger = slog.New(&lineHandler{w: o.lines, level: level, limit: &warnLimit{now: time.Now}})
 	o.recorder = all
 	return o, nil
 }
@@ -84,12 +92,13 @@ func (o *outputs) Close() error {
 // closeLoudly closes and says on w what was lost. The exit code stays what it is: it belongs to the command.
 func (o *outputs) closeLoudly(w io.Writer) {
 	if err := o.Close(); err != nil {
-		fmt.Fprintf(w, "%s%v\n", linePrefix, err)
+		last := newLineQueue(w, lineQueueSize, lineQueueWait) // what was lost may have been lost to a reader that has stopped
+		fmt.Fprintf(last, "%s%v\n", linePrefix, err)
+		_ = last.Close()
 	}
 }
 
-// verboseLines prints a line for what control.Lines leaves out: what was permitted, flows and edits. It writes before it returns:
-// who asks for it trades speed for sight.
+// verboseLines prints a line for what control.Lines leaves out: what was permitted, flows and edits.
 //
 // Locks: mu is a leaf.
 type verboseLines struct {
@@ -133,38 +142,3 @@ func appendWord(b []byte, word string, r *layers.Record) []byte {
 	line := control.AppendLine(nil, &bare)
 	return append(append(b, word...), line[len(layers.Permit.String()):]...)
 }
-
-// lineHandler prints log records as our other lines are: no time, for they stand between those of a command.
-type lineHandler struct {
-	w     io.Writer // a file, whose writes of one line each need no lock
-	level slog.Level
-	attrs []slog.Attr
-}
-
-// Enabled implements slog.Handler.
-func (h *lineHandler) Enabled(_ context.Context, l slog.Level) bool { return l >= h.level }
-
-// Handle implements slog.Handler.
-func (h *lineHandler) Handle(_ context.Context, r slog.Record) error {
-	b := append([]byte(linePrefix), r.Message...)
-	add := func(a slog.Attr) bool {
-		b = fmt.Appendf(b, "  %s=%q", a.Key, a.Value.String())
-		return true
-	}
-	for _, a := range h.attrs {
-		add(a)
-	}
-	r.Attrs(add)
-	_, err := h.w.Write(append(b, '\n'))
-	return err
-}
-
-// WithAttrs implements slog.Handler.
-func (h *lineHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
-	c := *h
-	c.attrs = append(append([]slog.Attr(nil), h.attrs...), attrs...)
-	return &c
-}
-
-// WithGroup implements slog.Handler. Groups do not show: nothing here uses them.
-func (h *lineHandler) WithGroup(string) slog.Handler { return h }

@@ -117,7 +117,8 @@ func runDaemon(f *runFlags, std streams) (err error) {
 	defer d.notify.Close()
 	// Signals that come from here on find their channel; room for one of each kind that ends or reloads, more say the same.
 	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM, syscall.SIGPIPE)
+	signal.Notify(signals, syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM)
+	catchPipe()
 	defer signal.Stop(signals)
 	defer func() { err = errors.Join(err, d.close()) }()
 	if err := d.open(config); err != nil {
@@ -224,7 +225,6 @@ func (d *daemon) serve(signals <-chan os.Signal) error {
 			return fmt.Errorf("the device %s is gone: %w", d.device.Name(), d.session.gateway.Err())
 		case sig := <-signals:
 			switch sig {
-			case syscall.SIGPIPE: // a reader of our lines went away
 			case syscall.SIGHUP:
 				d.notify.reloading()
 				d.session.resolver.Refresh()

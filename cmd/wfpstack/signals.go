@@ -9,10 +9,21 @@ import (
 )
 
 // forwarded are the signals that the command gets from us. Those that stop a process are left alone (see sandbox.Signal), and so
-// is SIGPIPE, which is ours only so that a reader of our lines who goes away does not end us.
+// is SIGPIPE, which is ours only (see catchPipe).
 var forwarded = []os.Signal{
 	syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGALRM,
 	syscall.SIGWINCH, syscall.SIGIO, syscall.SIGVTALRM, syscall.SIGPROF,
+}
+
+// pipes takes the SIGPIPEs that nobody wants to know of.
+var pipes = make(chan os.Signal, 1)
+
+// catchPipe keeps SIGPIPE from ending this process for as long as it lives: our last lines are written when all else has ended,
+// and the exit code belongs to the command even if nobody reads them. It is not ignored, for programs would inherit that.
+func catchPipe() {
+	if !signal.Ignored(syscall.SIGPIPE) {
+		signal.Notify(pipes, syscall.SIGPIPE)
+	}
 }
 
 // signalForwarder hands the signals that this process gets to the command.
@@ -32,7 +43,7 @@ func catchSignals() *signalForwarder {
 		released: make(chan *sandbox.Sandbox), quit: make(chan struct{}), done: make(chan struct{}),
 		early: make(chan syscall.Signal, 1),
 	}
-	signal.Notify(f.ch, syscall.SIGPIPE)
+	catchPipe()
 	for _, sig := range forwarded {
 		if !signal.Ignored(sig) {
 			signal.Notify(f.ch, sig)
@@ -62,7 +73,6 @@ func (f *signalForwarder) run(cancel func()) {
 		case s := <-f.ch:
 			sig := s.(syscall.Signal)
 			switch {
-			case sig == syscall.SIGPIPE:
 			case box == nil:
 				if ends(sig) {
 					select {

@@ -10,8 +10,8 @@ import (
 	"github.com/wfpstack/wfpstack/layers"
 )
 
-// tracer prints one line for each indication, in the order in which they are raised. It writes before it returns, so that nothing
-// is lost: whoever traces to a slow terminal slows the stack down.
+// tracer prints one line for each indication, in the order in which they are raised. Its writer is a
+// lineQueue, which leaves out what a slow terminal cannot take rather than make the stack wait for it.
 //
 // Locks: mu is a leaf.
 type tracer struct {
