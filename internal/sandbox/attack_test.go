@@ -64,6 +64,9 @@ func attempts(g target) []attempt {
 		{"umount resolv.conf", func() error { return unix.Unmount("/etc/resolv.conf", 0) }, perm},
 		{"detach resolv.conf", func() error { return unix.Unmount("/etc/resolv.conf", unix.MNT_DETACH) }, perm},
 		{"write resolv.conf", open("/etc/resolv.conf", unix.O_WRONLY), []syscall.Errno{unix.EROFS}},
+		// An ordinary user may not write it in any case; for root it is read-only.
+		{"write hosts", open("/etc/hosts", unix.O_WRONLY|unix.O_APPEND), hostsErrnos()},
+		{"umount hosts", func() error { return unix.Unmount("/etc/hosts", unix.MNT_DETACH) }, perm},
 		{"detach proc", func() error { return unix.Unmount("/proc", unix.MNT_DETACH) }, perm},
 		{"mount tmpfs", func() error { return unix.Mount("x", "/tmp", "tmpfs", 0, "") }, perm},
 		{"bind mount", func() error { return unix.Mount("/etc/passwd", "/etc/resolv.conf", "", unix.MS_BIND, "") }, perm},
@@ -151,12 +154,21 @@ func attempts(g target) []attempt {
 	}
 }
 
+// hostsErrnos are the error numbers with which opening /etc/hosts for writing may fail.
+func hostsErrnos() []syscall.Errno {
+	if os.Getuid() == 0 {
+		return []syscall.Errno{unix.EROFS}
+	}
+	return []syscall.Errno{unix.EROFS, unix.EACCES}
+}
+
 // nestedAttempts are what a command tries from a user namespace of its own, in which it has every capability.
 func nestedAttempts() []attempt {
 	perm := []syscall.Errno{unix.EPERM}
 	return []attempt{
 		{"umount resolv.conf", func() error { return unix.Unmount("/etc/resolv.conf", unix.MNT_DETACH) }, []syscall.Errno{unix.EINVAL, unix.EPERM}},
 		{"remount resolv.conf", func() error { return unix.Mount("", "/etc/resolv.conf", "", unix.MS_REMOUNT|unix.MS_BIND, "") }, perm},
+		{"remount hosts", func() error { return unix.Mount("", "/etc/hosts", "", unix.MS_REMOUNT|unix.MS_BIND, "") }, perm},
 		{"umount proc", func() error { return unix.Unmount("/proc", unix.MNT_DETACH) }, []syscall.Errno{unix.EINVAL, unix.EPERM}},
 		{"raw IPv4", func() error { return closing(unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_ICMP)) }, perm},
 		{"packet socket", func() error { return closing(unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)) }, perm},

@@ -73,9 +73,6 @@ func forkCommand(s *spec) (int, *failure) {
 		if err := unix.Chdir(s.Dir); err != nil {
 			return 0, failed(failSetup, "change to folder "+s.Dir, err)
 		}
-	} else if s.Here != "" {
-		// We stand there already, and may stay; but by its path it may be masked.
-		_ = unix.Chdir(s.Here)
 	}
 	path, err := lookUp(s.Command[0], envValue(s.Env, "PATH"))
 	if err != nil {

@@ -32,7 +32,8 @@ type Config struct {
 	Command []string
 	// Env is the command's environment; nil means this process's own.
 	Env []string
-	// Dir is the command's working directory; empty means this process's own, also where the command may not enter it.
+	// Dir is the command's working directory; empty means this process's own, also where the command may not enter it. Where
+	// that one is hidden the command starts in the root folder.
 	Dir string
 	// Stdin is the command's standard input; nil is /dev/null.
 	//
@@ -155,11 +156,9 @@ func (c *Config) defaultAddresses() error {
 // spec is what the parent tells init, as JSON in a memory file: arguments and environment would be seen by everybody
 // and are limited in size.
 type spec struct {
-	Command []string
-	Env     []string
-	Dir     string
-	// Here is where the parent is; the command stays there if it is given no Dir.
-	Here            string
+	Command         []string
+	Env             []string
+	Dir             string
 	TUNName         string
 	MTU             int
 	Queues          int
@@ -189,10 +188,8 @@ type inheritedFile struct {
 
 // spec returns the part of c that init needs.
 func (c Config) spec() spec {
-	// An error leaves it empty, as when that folder is deleted.
-	here, _ := os.Getwd()
 	return spec{
-		Command: c.Command, Env: c.Env, Dir: c.Dir, Here: here,
+		Command: c.Command, Env: c.Env, Dir: c.Dir,
 		TUNName: c.TUNName, MTU: c.MTU, Queues: c.Queues,
 		Address4: c.Address4, Address6: c.Address6, Gateway4: c.Gateway4, Gateway6: c.Gateway6,
 		ResolvConf: c.ResolvConf, HideSockets: c.HideSockets, HidePaths: c.HidePaths, KillDescendants: c.KillDescendants,

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -29,7 +30,7 @@ type masks struct {
 // covers returns the masked folder in which path lies.
 func (m *masks) covers(path string) (string, bool) {
 	for _, d := range m.dirs {
-		if path == d || strings.HasPrefix(path, d+"/") {
+		if below(path, d) {
 			return d, true
 		}
 	}
@@ -103,6 +104,8 @@ func makePrivate() error {
 // makeMounts makes the view of the file system that the command gets. It returns what this machine could not give.
 func makeMounts(s *spec) (warnings []string, err error) {
 	var m masks
+	// Where the kernel says that we stand; an error, as when that folder is deleted, leaves it empty.
+	here, _ := unix.Getwd()
 	for _, p := range s.hidden() {
 		if err := m.hide(p); err != nil {
 			return nil, err
@@ -117,7 +120,61 @@ func makeMounts(s *spec) (warnings []string, err error) {
 	if err := m.seal(); err != nil {
 		return nil, err
 	}
-	return nil, nil
+	if err := sealNames(); err != nil {
+		return nil, err
+	}
+	return stand(s, &m, here)
+}
+
+// sealNames makes the files read-only that say what names mean: the host's own programs believe them too.
+func sealNames() error {
+	for _, name := range []string{"/etc/hosts", "/etc/nsswitch.conf"} {
+		path, info, err := followLinks(name)
+		if err != nil || info == nil || !info.Mode().IsRegular() {
+			continue // hidden, or nothing there
+		}
+		if err := unix.Mount(path, path, "", unix.MS_BIND, ""); err != nil {
+			return failed(failSetup, "make "+path+" read-only", err)
+		}
+		if err := readOnly(path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// stand enters the folder at here, where we stand already, by its path: what was mounted over it since is not seen from where we
+// stand, and all that was hidden is.
+func stand(s *spec, m *masks, here string) (warnings []string, err error) {
+	if filepath.IsAbs(here) {
+		err := unix.Chdir(here)
+		// Whom the way there is closed may stay, unless there is anything to be seen that others do not see.
+		if err == nil || err == unix.EACCES && !s.covered(m, here) {
+			return nil, nil
+		}
+	}
+	if err := unix.Chdir("/"); err != nil {
+		return nil, failed(failSetup, "change to folder /", err)
+	}
+	if s.Dir != "" {
+		return nil, nil // it goes elsewhere anyway
+	}
+	return []string{fmt.Sprintf("the working directory %q does not exist inside: the command starts in /", here)}, nil
+}
+
+// covered reports whether anything at, above or below the folder at path may be covered by a mount of ours.
+func (s *spec) covered(m *masks, path string) bool {
+	for _, p := range slices.Concat(s.hidden(), m.dirs, []string{"/proc", "/etc"}) {
+		if below(path, p) || below(p, path) {
+			return true
+		}
+	}
+	return false
+}
+
+// below reports whether path is dir or lies in it.
+func below(path, dir string) bool {
+	return path == dir || dir == "/" || strings.HasPrefix(path, dir+"/")
 }
 
 // makeNosuid makes set-uid bits and file capabilities mean nothing, everywhere. With the latter in force the kernel

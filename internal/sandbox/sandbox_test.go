@@ -216,7 +216,7 @@ func TestFolderThatIsClosed(t *testing.T) {
 	})
 }
 
-// TestInheritedFiles passes what a shell leaves open, as for <(…), and no socket.
+// TestInheritedFiles passes what a shell leaves open, as for <(…), and no socket and no folder.
 func TestInheritedFiles(t *testing.T) {
 	everyUser(t, func(t *testing.T) {
 		r, w, err := os.Pipe()
@@ -234,9 +234,14 @@ func TestInheritedFiles(t *testing.T) {
 		sock := os.NewFile(uintptr(pair[0]), "socket")
 		defer unix.Close(pair[1])
 		defer sock.Close()
+		folder, err := os.Open("/")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer folder.Close()
 		// Descriptors 3 to 7.
 		cmd := exec.Command(testExe(), append([]string{actName, "cli"}, sh("cat <&5; ls /proc/$$/fd; :")...)...)
-		cmd.ExtraFiles = []*os.File{sock, nil, r, sock, sock}
+		cmd.ExtraFiles = []*os.File{sock, folder, r, sock, sock}
 		out, err := cmd.CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v\n%s", err, out)
@@ -257,6 +262,26 @@ func TestInheritedFiles(t *testing.T) {
 		slices.Sort(want)
 		if got := fds[:end]; !slices.Equal(got, want) {
 			t.Errorf("descriptors inside: %q, want %q", got, want)
+		}
+	})
+}
+
+// TestFolderAsStandardFile: a folder would lead past the masks under whatever number.
+func TestFolderAsStandardFile(t *testing.T) {
+	everyUser(t, func(t *testing.T) {
+		folder, err := os.Open("/")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer folder.Close()
+		for _, cfg := range []Config{{Stdin: folder}, {Stdout: folder}, {Stderr: folder}} {
+			cfg.Command = []string{"true"}
+			if s, err := Start(t.Context(), cfg); !errors.Is(err, unix.EISDIR) {
+				if err == nil {
+					_ = s.Close()
+				}
+				t.Errorf("Start: %v, want EISDIR", err)
+			}
 		}
 	})
 }

@@ -229,6 +229,54 @@ func TestHideSockets(t *testing.T) {
 	})
 }
 
+// TestWorkingDirectory starts in a folder that is hidden, or gone: the command must not stand below the mask, from where it reaches
+// what lies there.
+func TestWorkingDirectory(t *testing.T) {
+	everyScene(t, []string{"sockets"}, func(t *testing.T, _ string) {
+		const folder = "/run/user/1000"
+		gone := filepath.Join(t.TempDir(), "gone")
+		if err := os.Mkdir(gone, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for _, tt := range []struct {
+			name, at, dir, want string
+			hide                []string
+			sockets, warns      bool
+		}{
+			{name: "visible", at: folder, want: folder + " bus"},
+			{name: "hidden with the sockets", at: folder, want: "/", sockets: true, warns: true},
+			{name: "hidden by name", at: folder, want: folder, hide: []string{folder}},
+			{name: "below a hidden one", at: folder, want: "/", hide: []string{"/run/user"}, warns: true},
+			{name: "told to go elsewhere", at: folder, dir: "/run", want: "/run", hide: []string{"/run/user"}},
+			{name: "deleted", at: gone, want: "/", warns: true},
+		} {
+			t.Run(tt.name, func(t *testing.T) {
+				t.Chdir(tt.at)
+				if tt.at == gone {
+					if err := os.Remove(gone); err != nil {
+						t.Fatal(err)
+					}
+				}
+				var log strings.Builder
+				_, out := run(t, Config{
+					Command: sh(`echo "$(pwd -P) $(echo bu*)"`), Dir: tt.dir, HideSockets: tt.sockets, HidePaths: tt.hide,
+					Logger: slog.New(slog.NewTextHandler(&log, nil)),
+				})
+				want := tt.want
+				if !strings.HasSuffix(want, " bus") {
+					want += " bu*"
+				}
+				if got := strings.TrimSpace(out); got != want {
+					t.Errorf("the command stands in, and sees: %q, want %q", got, want)
+				}
+				if warned := strings.Contains(log.String(), "starts in /"); warned != tt.warns {
+					t.Errorf("warned: %v, want %v: %s", warned, tt.warns, &log)
+				}
+			})
+		}
+	})
+}
+
 // TestWhatIsMissingIsNamed takes a right away and reads the error.
 func TestWhatIsMissingIsNamed(t *testing.T) {
 	for _, tt := range []struct {

@@ -194,6 +194,9 @@ func initFiles(cfg *Config, control *os.File) (files []uintptr, closeFiles func(
 			f = null
 		}
 		fd, err := rawFD(f)
+		if err == nil && fileType(int(fd)) == unix.S_IFDIR {
+			err = fmt.Errorf("%s is a folder, which would lead past what is hidden: redirect it: %w", f.Name(), unix.EISDIR)
+		}
 		if err != nil {
 			_ = null.Close()
 			return nil, nil, err
@@ -246,8 +249,8 @@ func specFile(s *spec) (*os.File, error) {
 // another goroutine closes at the moment looks as if it were to be kept at exec.
 var startNumbers = sync.OnceValue(keptNumbers)
 
-// inheritedNumbers returns the descriptors beyond standard error that our caller left open for its programs. Sockets are
-// left out: they would be a way past the device.
+// inheritedNumbers returns the descriptors beyond standard error that our caller left open for its programs. Sockets and
+// folders are left out (see kept).
 func inheritedNumbers() []int {
 	// What was closed since, or used for another file, is not what was meant.
 	return slices.DeleteFunc(slices.Clone(startNumbers()), func(fd int) bool { return !kept(fd) })
@@ -269,14 +272,24 @@ func keptNumbers() []int {
 	return numbers
 }
 
-// kept reports whether fd stays open at exec and is no socket.
+// kept reports whether fd stays open at exec and leads nowhere: it is no socket, which would go past the device, and no folder, from
+// which everything below the masks can be opened.
 func kept(fd int) bool {
 	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
 	if err != nil || flags&unix.FD_CLOEXEC != 0 {
 		return false
 	}
+	kind := fileType(fd)
+	return kind >= 0 && kind != unix.S_IFSOCK && kind != unix.S_IFDIR
+}
+
+// fileType returns the type bits of the file behind fd, -1 if there is none.
+func fileType(fd int) int {
 	var st unix.Stat_t
-	return unix.Fstat(fd, &st) == nil && st.Mode&unix.S_IFMT != unix.S_IFSOCK
+	if err := unix.Fstat(fd, &st); err != nil {
+		return -1
+	}
+	return int(st.Mode & unix.S_IFMT)
 }
 
 // spawnError says why init could not be started, with the cure.
