@@ -10,6 +10,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
+	"github.com/wfpstack/wfpstack/internal/need"
 	"github.com/wfpstack/wfpstack/internal/wire"
 	"github.com/wfpstack/wfpstack/layers"
 )
@@ -32,9 +33,7 @@ func (b *bench) segment(t testing.TB, want header.TCPFlags) (wire.Header, header
 // TestHandshakeThatIsAbandoned: the program's SYN was answered, and then it begins anew, resets, or says nothing more.
 func TestHandshakeThatIsAbandoned(t *testing.T) {
 	b := newBench(t, Options{HostLoopback: true})
-	if err := up("lo"); err != nil {
-		t.Skipf("missing: loopback: %v", err)
-	}
+	need.Root(t)
 	eachFamily(t, func(t *testing.T, f family) {
 		l := (*space)(nil).listenTCP(t, loopbackOf(f))
 		src, dst := addrPort(f.prog, 4444), portOf(f, l.Addr())
@@ -94,9 +93,7 @@ func TestHandshakeThatIsAbandoned(t *testing.T) {
 // TestDataWithTheLastAcknowledgement: the handshake's last segment carries the request, and is not lost.
 func TestDataWithTheLastAcknowledgement(t *testing.T) {
 	b := newBench(t, Options{HostLoopback: true})
-	if err := up("lo"); err != nil {
-		t.Skipf("missing: loopback: %v", err)
-	}
+	need.Root(t)
 	eachFamily(t, func(t *testing.T, f family) {
 		l := (*space)(nil).listenTCP(t, loopbackOf(f))
 		src, dst := addrPort(f.prog, 4445), portOf(f, l.Addr())

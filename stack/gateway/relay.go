@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"io"
 	"syscall"
@@ -29,6 +30,8 @@ type relay struct {
 	outDrained   bool // the program was reset, and all that came before was written to the host
 	inEnded      bool // the host's end of stream was passed on
 	hostReset    bool // the host side was reset, or has an error; what arrived before it is still to be delivered
+	hostFailing  bool // the host side has an error, which a read finds once all before it was read
+	inDrained    bool // it found it
 	programReset bool // the program's side was reset; the host gets what came before
 	bulk         bool // the last read from the host filled the scratch
 
@@ -90,8 +93,8 @@ func (f *tcpFlow) noteHost(events uint32) {
 	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR|unix.EPOLLPRI) != 0 {
 		f.relay.hostEnding = true
 	}
-	if events&unix.EPOLLERR != 0 && f.relay.inEnded {
-		f.relay.hostReset = true // there is no read any more that would find it
+	if events&unix.EPOLLERR != 0 {
+		f.relay.hostFailing = true
 	}
 	if events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
 		f.relay.hostWritable = true
@@ -114,13 +117,15 @@ func (f *tcpFlow) pump(l *loop) {
 	if f.state == stateOpen {
 		f.pumpIn(l)
 	}
-	if f.state != stateOpen || !f.relay.inEnded {
-		return
-	}
-	switch {
-	case f.relay.outEnded:
+	switch r := &f.relay; {
+	case f.state != stateOpen:
+	case r.inEnded && r.outEnded:
 		f.end()
-	case f.relay.hostReset:
+	case r.inEnded && (r.hostReset || r.hostFailing):
+		r.inDrained = true // there is no read any more that would find it
+		f.resetProgramAfterData()
+	case r.hostReset || r.hostFailing:
+		// A program that reads nothing would never be told: it is waited for as long as it takes what came before.
 		f.resetProgramAfterData()
 	}
 }
@@ -272,9 +277,12 @@ func (f *tcpFlow) whenDrained(drained func() bool, fn func()) {
 	if r.drain != nil {
 		return
 	}
-	deadline := f.l.now.Add(drainTime)
+	deadline, ack := f.l.now.Add(drainTime), r.lastAck
 	var look func()
 	look = func() {
+		if r.lastAck != ack {
+			deadline, ack = f.l.now.Add(drainTime), r.lastAck // the program takes more
+		}
 		switch {
 		case f.state != stateOpen:
 		case drained() || !f.l.now.Before(deadline):
@@ -421,10 +429,11 @@ func (f *tcpFlow) hostStopped(errno syscall.Errno) {
 	switch {
 	case errno == syscall.EAGAIN:
 		if r.hostReset {
+			r.inDrained = true
 			f.resetProgramAfterData()
 		}
 	case errno != 0:
-		r.hostReset, r.hostErrno = true, errno
+		r.hostReset, r.hostErrno, r.inDrained = true, errno, true
 		r.detail = "host: " + errno.Error()
 		f.resetProgramAfterData()
 	case r.hostReset:
@@ -433,6 +442,7 @@ func (f *tcpFlow) hostStopped(errno syscall.Errno) {
 		if r.hostErrno == syscall.EPIPE {
 			f.endIn()
 		}
+		r.inDrained = true
 		f.resetProgramAfterData()
 	default:
 		f.endIn()
@@ -454,12 +464,12 @@ func (f *tcpFlow) endIn() {
 
 // resetProgramAfterData resets the program's side once netstack has delivered what came before.
 func (f *tcpFlow) resetProgramAfterData() {
-	f.whenDrained(f.relay.acknowledged, func() { f.reset(f.relay.detail) })
+	f.whenDrained(f.relay.acknowledged, func() { f.reset(cmp.Or(f.relay.detail, "host: connection reset")) })
 }
 
 // acknowledged reports whether the program's kernel has all that was given to netstack.
 func (r *relay) acknowledged() bool {
-	return len(r.kept) == 0 && int32(r.lastAck-r.firstAck-r.written) >= 0 // one more: it acknowledged the end of stream
+	return r.inDrained && len(r.kept) == 0 && int32(r.lastAck-r.firstAck-r.written) >= 0 // one more: it acknowledged the end of stream
 }
 
 // noteAck remembers what the program's kernel acknowledged.

@@ -426,6 +426,22 @@ func TestProgramResetsWhileTheHostTakesNothing(t *testing.T) {
 	})
 }
 
+// TestHostResetsAProgramThatDoesNotRead: it is told all the same, and nothing of the connection is left.
+func TestHostResetsAProgramThatDoesNotRead(t *testing.T) {
+	s := newScene(t, sceneOptions{})
+	eachFamily(t, func(t *testing.T, f family) {
+		prog, server := s.pair(t, f)
+		_ = server.SetWriteDeadline(time.Now().Add(500 * time.Millisecond))
+		if err := send(server, 256<<20); !errors.Is(err, errTimeout) {
+			t.Fatalf("writing to a program that reads nothing: %v, want a time-out", err)
+		}
+		_ = server.SetLinger(0)
+		server.Close()
+		until(t, "end of the flow", func() bool { s.advance(time.Second); return s.g.Stats().Flows == 0 })
+		until(t, "reset of the program", func() bool { _, err := prog.Write([]byte("x")); return err != nil })
+	})
+}
+
 func TestManyFlows(t *testing.T) {
 	s := newScene(t, sceneOptions{})
 	count := 2000
