@@ -9,6 +9,7 @@ package callouts
 
 import (
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/wfpstack/wfpstack/layers"
@@ -112,7 +113,11 @@ func (r Registry) Lookup(name string) (Factory, error) {
 		}
 		names[i] = f.Name
 	}
-	return Factory{}, &SpecError{Input: name, Len: len(name), Problem: unknown("callout", name, names), Err: layers.ErrNotFound}
+	problem := unknown("callout", name, names)
+	if len(names) > 0 && !strings.HasSuffix(problem, ")") { // nothing is near enough to be meant
+		problem += "; known are " + strings.Join(names, ", ")
+	}
+	return Factory{}, &SpecError{Input: name, Len: len(name), Problem: problem, Err: layers.ErrNotFound}
 }
 
 // New makes an instance of the callout that a spec names.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"net/netip"
 	"time"
@@ -34,7 +35,8 @@ func decideName(p *policy.Installed, rec layers.Recorder, q names.Question) name
 	}
 	rec.Record(&layers.Record{
 		Time: time.Now(), Type: layers.RecordName, Layer: layers.NumLayers, Direction: layers.Outbound, Protocol: protocol,
-		Local: q.Client, Name: q.Name, Decision: &decision, Detail: dns.TypeToString[q.Type],
+		Local: q.Client, Name: cmp.Or(q.Name, "."), // the root has no other name
+		Decision: &decision, Detail: dns.TypeToString[q.Type],
 	})
 	switch {
 	case !decision.Blocked():

@@ -79,6 +79,9 @@ func (f *execFlags) check() (network, []gateway.Publish, error) {
 	if f.denyExitCode < 0 || f.denyExitCode > 255 {
 		return network{}, nil, usageError{fmt.Errorf("--deny-exit-code %d: an exit code is 1 to 255", f.denyExitCode)}
 	}
+	if err := f.common.checkMTU(minMTUExec); err != nil {
+		return network{}, nil, err
+	}
 	n, err := parseNetwork(f.addresses)
 	if err != nil {
 		return network{}, nil, err
@@ -236,6 +239,12 @@ func parseNetwork(texts []string) (network, error) {
 		if !p.Contains(stack) || p.Bits() > p.Addr().BitLen()-2 || p.Addr() == p.Masked().Addr() {
 			return n, usageError{fmt.Errorf("--address %s: the prefix needs room for the program and the stack (at most /30 or /126), and the address a host part", text)}
 		}
+		if why := unusable(p.Addr(), stack); why != "" {
+			return n, usageError{fmt.Errorf("--address %s: %s; take one such as 198.18.0.2/24 or fd77::2/64", text, why)}
+		}
+		if p.Addr().Is4() && p.Addr() == lastOf(p) {
+			return n, usageError{fmt.Errorf("--address %s: the last address of an IPv4 prefix is its broadcast address", text)}
+		}
 		switch {
 		case p.Addr().Is4() && has4, p.Addr().Is6() && has6:
 			return n, usageError{fmt.Errorf("--address %s: a second address of that family; one each", text)}
@@ -246,4 +255,19 @@ func parseNetwork(texts []string) (network, error) {
 		}
 	}
 	return n, nil
+}
+
+// unusable says why no packet could come from one of two addresses, "" where it can.
+func unusable(addrs ...netip.Addr) string {
+	for _, a := range addrs {
+		switch {
+		case a.IsLoopback():
+			return a.String() + " is a loopback address"
+		case a.IsMulticast():
+			return a.String() + " is a multicast address"
+		case a.IsUnspecified(), a.Is4() && a.As4()[0] == 0:
+			return a.String() + " is no address of a host"
+		}
+	}
+	return ""
 }

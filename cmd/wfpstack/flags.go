@@ -10,6 +10,13 @@ import (
 	"github.com/wfpstack/wfpstack/stack/gateway"
 )
 
+// Bounds of --mtu. The lower one of exec is IPv6's, which every sandbox has. Source: RFC 8200, 5; RFC 791, 3.2. Units: bytes.
+const (
+	minMTU     = 68
+	minMTUExec = 1280
+	maxMTU     = 65535
+)
+
 // commonFlags are the flags of exec and run.
 type commonFlags struct {
 	policy       policyFlags
@@ -74,6 +81,14 @@ func (f *commonFlags) published(n network) ([]gateway.Publish, error) {
 		all = append(all, p...)
 	}
 	return all, nil
+}
+
+// checkMTU checks --mtu against a lower bound, and the upper one.
+func (f *commonFlags) checkMTU(least int) error {
+	if f.mtu != 0 && (f.mtu < least || f.mtu > maxMTU) {
+		return usageError{fmt.Errorf("--mtu %d: out of bounds (%d to %d bytes)", f.mtu, least, maxMTU)}
+	}
+	return nil
 }
 
 // place is where an instance has its run-time files.

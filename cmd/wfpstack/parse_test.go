@@ -119,6 +119,13 @@ func TestParseNetwork(t *testing.T) {
 		{"no room", []string{"10.9.0.2/31"}, "needs room", true},
 		{"one address", []string{"10.9.0.2/32"}, "needs room", true},
 		{"no host part", []string{"10.9.0.0/24"}, "needs room", true},
+		{"loopback", []string{"127.0.0.5/8"}, "is a loopback address", true},
+		{"loopback", []string{"::5/64"}, "::1 is a loopback address", true},
+		{"this network", []string{"0.0.0.5/24"}, "no address of a host", true},
+		{"this network, for the stack", []string{"1.2.3.4/1"}, "0.0.0.1 is no address of a host", true},
+		{"multicast", []string{"224.0.0.5/24"}, "is a multicast address", true},
+		{"multicast", []string{"ff02::5/64"}, "is a multicast address", true},
+		{"broadcast", []string{"10.9.0.255/24"}, "broadcast address", true},
 		{"mapped", []string{"::ffff:10.9.0.2/120"}, "not an address", true},
 	} {
 		n, err := parseNetwork(tt.texts)

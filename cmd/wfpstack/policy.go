@@ -47,8 +47,11 @@ func (p *policyFlags) readFile(c *policy.Config) error {
 		return nil
 	}
 	path, err := policy.Find(p.file)
-	if err != nil || path == "" {
-		return err
+	if err != nil {
+		return fmt.Errorf("%w; --policy %s goes without one", err, noPolicy)
+	}
+	if path == "" {
+		return nil
 	}
 	c.File, err = policy.Load(path, registry())
 	return err

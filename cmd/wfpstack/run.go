@@ -95,6 +95,9 @@ func runDaemon(f *runFlags, std streams) (err error) {
 		return usageError{errors.New("--auto-route without --netns would lead wfpstack's own connections back into the device: " +
 			"give --netns NAME, or route yourself as 'wfpstack run --help' shows")}
 	}
+	if err := f.common.checkMTU(minMTU); err != nil {
+		return err
+	}
 	config, err := f.common.policy.read()
 	if err != nil {
 		return err
