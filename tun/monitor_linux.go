@@ -17,7 +17,8 @@ import (
 type monitor struct {
 	file  *os.File
 	name  string
-	index int32 // of the interface; 0 until the first answer
+	index int32  // of the interface; 0 until the first answer
+	port  uint32 // the socket's own, which answers to it carry and changes do not
 	loop  sync.WaitGroup
 }
 
@@ -45,6 +46,10 @@ func newMonitor(file *os.File, name string) (*monitor, linkState, error) {
 		return nil, linkState{}, err
 	}
 	m := &monitor{file: file, name: name}
+	if m.port, err = netlinkPort(file); err != nil {
+		file.Close()
+		return nil, linkState{}, err
+	}
 	state, err := m.first()
 	if err != nil {
 		file.Close()
@@ -63,12 +68,11 @@ func (m *monitor) first() (state linkState, err error) {
 		return linkState{}, fmt.Errorf("netlink: %w", err)
 	}
 	buf := make([]byte, 1<<16)
+	lost := false
 	for state.index == 0 {
 		n, err := m.file.Read(buf)
 		if errors.Is(err, unix.ENOBUFS) {
-			if err = m.query(); err != nil {
-				return linkState{}, err
-			}
+			lost = true
 			continue
 		}
 		if err != nil {
@@ -79,6 +83,9 @@ func (m *monitor) first() (state linkState, err error) {
 				state = s
 			}
 		})
+		if err == nil && lost && !m.isAnswer(buf[:n]) {
+			err = m.query()
+		}
 		if err != nil {
 			return linkState{}, fmt.Errorf("netlink: state of %s: %w", m.name, err)
 		}
@@ -129,14 +136,14 @@ func (m *monitor) stop() {
 // run calls changed with every state of the interface until the socket is closed or fails.
 func (m *monitor) run(changed func(linkState)) {
 	buf := make([]byte, 1<<16)
+	lost := false
 	for {
 		n, err := m.file.Read(buf)
 		switch {
 		case errors.Is(err, unix.ENOBUFS):
-			// The kernel had more to say than the socket holds. What it said is lost, how it is now is not.
-			if m.query() != nil {
-				return
-			}
+			// The kernel had more to say than the socket holds. What it said is lost, how it is now is not, and is asked for
+			// after each read until an answer comes: as long as the socket is full, the kernel drops answers too.
+			lost = true
 			continue
 		case err != nil:
 			return
@@ -149,7 +156,36 @@ func (m *monitor) run(changed func(linkState)) {
 		if errors.Is(err, unix.ENODEV) {
 			changed(linkState{index: m.index, deleted: true})
 		}
+		if lost = lost && !m.isAnswer(buf[:n]); lost && m.query() != nil {
+			return
+		}
 	}
+}
+
+// isAnswer reports whether a datagram answers a query of ours. An answer comes alone.
+func (m *monitor) isAnswer(b []byte) bool {
+	return len(b) >= unix.SizeofNlMsghdr && binary.NativeEndian.Uint32(b[12:]) == m.port
+}
+
+// netlinkPort returns the port that the kernel gave a netlink socket.
+func netlinkPort(file *os.File) (port uint32, err error) {
+	raw, err := file.SyscallConn()
+	if err != nil {
+		return 0, fmt.Errorf("netlink: %w", err)
+	}
+	var sa unix.Sockaddr
+	var nameErr error
+	if err := raw.Control(func(fd uintptr) { sa, nameErr = unix.Getsockname(int(fd)) }); err != nil {
+		return 0, fmt.Errorf("netlink: %w", err)
+	}
+	if nameErr != nil {
+		return 0, fmt.Errorf("netlink: own port: %w", nameErr)
+	}
+	nl, ok := sa.(*unix.SockaddrNetlink)
+	if !ok {
+		return 0, fmt.Errorf("netlink: own port: %w", os.ErrInvalid)
+	}
+	return nl.Pid, nil
 }
 
 // parseLinks calls found for every link message in b. An error message of the kernel becomes its error number.
