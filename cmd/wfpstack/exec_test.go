@@ -448,7 +448,7 @@ func TestExecEndsBesideSilentServer(t *testing.T) {
 		}()
 		r := wfpstack(t, append([]string{"exec", "--host-loopback", "--"}, actor("push", to, "10")...)...)
 		r.want(t, 0)
-		if r.took > drainTime/2 {
+		if r.took > drainStall/2 {
 			t.Errorf("it waited for a server that says nothing: %v", r.took)
 		}
 		silent := <-conns
