@@ -264,6 +264,7 @@ func (d *daemon) reload() {
 		d.out.logger.Error("the policy was not reloaded, the old one stays: " + err.Error())
 		return
 	}
+	returnProcessors(d.session.engine)
 	d.out.warn(config)
 	d.say("policy reloaded: %d filters", d.session.policy.NumFilters())
 }

@@ -28,10 +28,24 @@ func useProcessors(e *filter.Engine) {
 	if os.Getenv("GOMAXPROCS") != "" {
 		return
 	}
+	if !hasCallouts(e) {
+		runtime.GOMAXPROCS(1)
+	}
+}
+
+// returnProcessors takes back what useProcessors did, where callouts have been installed since.
+func returnProcessors(e *filter.Engine) {
+	if os.Getenv("GOMAXPROCS") == "" && hasCallouts(e) {
+		runtime.SetDefaultGOMAXPROCS()
+	}
+}
+
+// hasCallouts reports whether a callout is asked at any layer.
+func hasCallouts(e *filter.Engine) bool {
 	for id := range layers.NumLayers {
 		if e.HasCallouts(id) {
-			return
+			return true
 		}
 	}
-	runtime.GOMAXPROCS(1)
+	return false
 }
