@@ -21,6 +21,7 @@ import (
 	"github.com/wfpstack/wfpstack/internal/ledger"
 	"github.com/wfpstack/wfpstack/layers"
 	"github.com/wfpstack/wfpstack/layers/filter"
+	"github.com/wfpstack/wfpstack/stack/internal/nslog"
 	"github.com/wfpstack/wfpstack/stack/link"
 	"github.com/wfpstack/wfpstack/tun"
 )
@@ -176,6 +177,7 @@ func New(dev tun.Device, o Options) (*Gateway, error) {
 		return nil, ErrNoEngine
 	}
 	o.setDefaults()
+	nslog.Redirect(o.Logger)
 	g := &Gateway{opts: o, engine: o.Engine, clock: o.Clock, link: link.New(dev), tcp: make(map[flowKey]*tcpFlow), perSource: make(map[netip.Addr]int)}
 	g.datagrams.init(o.MaxDatagramFlows)
 	g.dgram.init()
@@ -195,8 +197,27 @@ func New(dev tun.Device, o Options) (*Gateway, error) {
 		g.stack.Destroy()
 		return nil, err
 	}
-	go g.loop.run() // owner: Gateway; Close stops it and waits
+	go g.loop.run()        // owner: Gateway; Close stops it and waits
+	go g.followDevice(dev) // owner: Gateway; ends with the loop
 	return g, nil
+}
+
+// followDevice keeps netstack's MTU that of the device, and tells of its state. That it is gone, the loop finds itself.
+func (g *Gateway) followDevice(dev tun.Device) {
+	for {
+		select {
+		case <-g.loop.done:
+			return
+		case e, ok := <-dev.Events():
+			if !ok {
+				return
+			}
+			if e.Kind == tun.EventMTU && e.MTU > 0 {
+				g.link.SetMTU(uint32(e.MTU))
+			}
+			g.opts.Logger.Info("device "+e.Kind.String(), "device", dev.Name(), "mtu", dev.MTU())
+		}
+	}
 }
 
 // startStack builds netstack: one NIC that takes and uses any address, and one listener a family that serves every port, as

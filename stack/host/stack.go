@@ -21,6 +21,7 @@ import (
 
 	"github.com/wfpstack/wfpstack/layers/filter"
 	"github.com/wfpstack/wfpstack/stack/internal/conv"
+	"github.com/wfpstack/wfpstack/stack/internal/nslog"
 	"github.com/wfpstack/wfpstack/stack/link"
 	"github.com/wfpstack/wfpstack/tun"
 )
@@ -101,6 +102,7 @@ func New(dev tun.Device, engine *filter.Engine, o Options) (*Stack, error) {
 		return nil, err
 	}
 	o.setDefaults()
+	nslog.Redirect(o.Logger)
 	s := &Stack{
 		opts: o, engine: engine, dev: dev, device: link.New(dev), loopback: &loopbackPort{LinkEndpoint: loopback.New()},
 		own: make(map[netip.Addr]struct{}), uid: uint32(os.Getuid()), partialChecksums: dev.Offloads().Checksum,
