@@ -101,8 +101,10 @@ func TestLineHandlerLimits(t *testing.T) {
 	for i := range 1000 {
 		log.Warn(fmt.Sprint("message ", i))
 	}
-	h := log.Handler().(*lineHandler)
-	if n := len(h.limit.seen); n > maxWarnings {
+	limit := log.Handler().(*lineHandler).limit
+	limit.mu.Lock()
+	defer limit.mu.Unlock()
+	if n := len(limit.seen); n > maxWarnings {
 		t.Errorf("%d messages are remembered", n)
 	}
 }
