@@ -419,6 +419,9 @@ func (f *datagramFlow) open(p *packet) bool {
 		f.fd = fd
 		return true
 	}
+	if fd < 0 && f.who.proto != wire.UDP {
+		l.g.opts.Logger.Warn("echo socket on the host", "err", err)
+	}
 	if fd >= 0 {
 		unix.Close(fd)
 	}
