@@ -180,6 +180,9 @@ func run() error {
 		os.Exit(130)
 	}()
 	res := newResults(tests, field)
+	if load := loadAverage(); load > 0.5 {
+		fmt.Fprintf(os.Stderr, "the machine is busy (load average %.1f): the figures will show that\n", load)
+	}
 	start := time.Now()
 	for b.round = range *rounds {
 		for _, test := range tests {
@@ -434,6 +437,9 @@ func (b *bench) idle(g *gatewayProcess, ns *netns.NS) (figures, error) {
 	r := bufio.NewReader(out)
 	for _, step := range []struct{ word, figure string }{{"opened\n", "idle_kb_per_flow"}, {"carried\n", "carried_kb_per_flow"}} {
 		if line, err := r.ReadString('\n'); err != nil || line != step.word {
+			if ctx.Err() != nil {
+				return nil, fmt.Errorf("%d flows: not %s after 20 s", b.flows, strings.TrimSpace(step.word))
+			}
 			return nil, fmt.Errorf("load said %q: %v", line, err)
 		}
 		rss, err := g.rss()

@@ -48,10 +48,12 @@ var rows = []row{
 
 // results are all figures of a run.
 type results struct {
-	Time        time.Time
-	Kernel      string
-	Go          string
-	CPUs        int
+	Time   time.Time
+	Kernel string
+	Go     string
+	CPUs   int
+	// Load is the load average of the last minute before the run: what else the machine did.
+	Load        float64
 	Seconds     float64
 	Contestants []string
 	// Figures are the values of every round: test, contestant, figure.
@@ -64,7 +66,7 @@ type results struct {
 }
 
 func newResults(tests []string, field []*contestant) *results {
-	r := &results{Time: time.Now().UTC(), Go: runtime.Version(), CPUs: runtime.NumCPU(), tests: tests,
+	r := &results{Time: time.Now().UTC(), Go: runtime.Version(), CPUs: runtime.NumCPU(), Load: loadAverage(), tests: tests,
 		Figures: map[string]map[string]map[string][]float64{}, Median: map[string]map[string]map[string]float64{}, Errors: map[string][]string{}}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
@@ -74,6 +76,15 @@ func newResults(tests []string, field []*contestant) *results {
 		r.Contestants = append(r.Contestants, c.name)
 	}
 	return r
+}
+
+// loadAverage is that of the last minute, 0 where it cannot be told.
+func loadAverage() (load float64) {
+	data, err := os.ReadFile("/proc/loadavg")
+	if err == nil {
+		fmt.Sscan(string(data), &load)
+	}
+	return load
 }
 
 func (r *results) failed(test, who string) bool { return len(r.Errors[test+" "+who]) > 0 }
