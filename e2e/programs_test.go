@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -483,20 +482,5 @@ func noRaces(t *testing.T, r *result) {
 func dumpOnFailure(t *testing.T, r *result) {
 	if t.Failed() {
 		t.Log(r)
-	}
-}
-
-// TestPattern keeps the test's own yardstick honest: read in pieces or whole, the bytes are the same.
-func TestPattern(t *testing.T) {
-	whole, err := io.ReadAll(&pattern{end: 10007})
-	if err != nil || len(whole) != 10007 {
-		t.Fatal(len(whole), err)
-	}
-	var pieces bytes.Buffer
-	if _, err := io.CopyBuffer(struct{ io.Writer }{&pieces}, &pattern{end: 10007}, make([]byte, 13)); err != nil {
-		t.Fatal(err)
-	}
-	if !bytes.Equal(whole, pieces.Bytes()) {
-		t.Error("the pattern depends on how it is read")
 	}
 }

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -376,4 +377,19 @@ func writeKey(t *testing.T, path string) string {
 		t.Fatalf("ssh-keygen: %v: %s", err, out)
 	}
 	return readFile(t, path+".pub")
+}
+
+// TestPattern keeps the test's own yardstick honest: read in pieces or whole, the bytes are the same.
+func TestPattern(t *testing.T) {
+	whole, err := io.ReadAll(&pattern{end: 10007})
+	if err != nil || len(whole) != 10007 {
+		t.Fatal(len(whole), err)
+	}
+	var pieces bytes.Buffer
+	if _, err := io.CopyBuffer(struct{ io.Writer }{&pieces}, &pattern{end: 10007}, make([]byte, 13)); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(whole, pieces.Bytes()) {
+		t.Error("the pattern depends on how it is read")
+	}
 }
