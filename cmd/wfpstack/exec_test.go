@@ -354,11 +354,16 @@ func TestExecDescendants(t *testing.T) {
 		p := start(t, "exec", "--", "sh", "-c", fmt.Sprintf(`trap '' TERM; (: > %s; while :; do sleep 0.05; done) & exit 4`, left))
 		eventually(t, "the descendant to run", func() bool { _, err := os.Stat(left); return err == nil })
 		ended := make(chan result, 1)
-		go func() { ended <- p.wait() }() // owner: the test, which waits for the result
+		go func() { // owner: the test, which waits for the result
+			defer close(ended) // also where wait fails the test
+			ended <- p.wait()
+		}()
 		for {
 			select {
-			case r := <-ended:
-				r.want(t, 4)
+			case r, ok := <-ended:
+				if ok {
+					r.want(t, 4)
+				}
 				return
 			case <-time.After(20 * time.Millisecond):
 				_ = p.cmd.Process.Signal(syscall.SIGTERM) // while the command is there it gets them, and ignores them

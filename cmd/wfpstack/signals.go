@@ -115,13 +115,13 @@ func (f *signalForwarder) first() syscall.Signal {
 // forward sends all signals to the command that come after it returned; first tells of those before.
 func (f *signalForwarder) forward(box *sandbox.Sandbox) { f.released <- box }
 
-// stop ends catching. It may be called more than once, by one goroutine.
+// stop ends forwarding. What comes later is still caught, and dropped: the exit code belongs to the command, and a signal that
+// arrives while we write our last lines must not replace it. It may be called more than once, by one goroutine.
 func (f *signalForwarder) stop() {
 	if f.stopped {
 		return
 	}
 	f.stopped = true
-	signal.Stop(f.ch)
 	close(f.quit)
 	<-f.done
 }

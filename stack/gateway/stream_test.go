@@ -233,7 +233,9 @@ func TestFlowContextsAreDeletedOnce(t *testing.T) {
 		if a, d := w.attached.Load(), w.count.Load(); a != d || a < 3 {
 			t.Errorf("%d contexts attached, %d deleted, want all", a, d)
 		}
+		before := w.attached.Load()
 		s.pair(t, f)
+		until(t, "the last connection's context", func() bool { return w.attached.Load() > before })
 	})
 	s.stop()
 	if a, d := w.attached.Load(), w.count.Load(); a != d || a != 8 {
