@@ -44,7 +44,7 @@ next:
 	return out
 }
 
-// TestOrderTCP is the order of wfp.md 12.1, 12.2, 12.3 and 12.5 in the host role: client a, server b.
+// TestOrderTCP covers as far as their layers are raised, in the host role: client a, server b.
 func TestOrderTCP(t *testing.T) {
 	eachFamily(t, func(t *testing.T, f family) {
 		a, b := pair(t, pairOptions{})
@@ -95,7 +95,7 @@ func TestOrderTCP(t *testing.T) {
 	})
 }
 
-// TestOrderTCPClosedPort is wfp.md 12.6.
+// TestOrderTCPClosedPort covers X-12.
 func TestOrderTCPClosedPort(t *testing.T) {
 	eachFamily(t, func(t *testing.T, f family) {
 		a, b := pair(t, pairOptions{})
@@ -110,7 +110,7 @@ func TestOrderTCPClosedPort(t *testing.T) {
 	})
 }
 
-// TestOrderUDP is wfp.md 12.7.
+// TestOrderUDP covers.
 func TestOrderUDP(t *testing.T) {
 	eachFamily(t, func(t *testing.T, f family) {
 		a, b := pair(t, pairOptions{})
@@ -164,7 +164,7 @@ func TestOrderUDP(t *testing.T) {
 	})
 }
 
-// TestOrderUDPClosedPort is the last rows of wfp.md 12.7; the ICMP error layers are not raised yet.
+// TestOrderUDPClosedPort is a closed UDP port; the ICMP error layers are not raised yet.
 func TestOrderUDPClosedPort(t *testing.T) {
 	eachFamily(t, func(t *testing.T, f family) {
 		a, b := pair(t, pairOptions{})
@@ -177,7 +177,7 @@ func TestOrderUDPClosedPort(t *testing.T) {
 	})
 }
 
-// TestOrderLoopback composes both sides within one stack, as wfp.md 12.8 says, with the loopback flag.
+// TestOrderLoopback composes both sides within one stack, with the loopback flag.
 func TestOrderLoopback(t *testing.T) {
 	for _, addr := range []string{"127.0.0.1", "::1", "198.18.0.1", "fd77::1"} {
 		t.Run(addr, func(t *testing.T) {
