@@ -24,6 +24,9 @@ func unreachableOf(err error) unreachable {
 	}
 }
 
+// ordinaryMTU is the MTU of an ordinary link. Units: bytes.
+const ordinaryMTU = 1500
+
 // applyHeader makes the socket send what the program's IP header asks for: hop limit and path MTU discovery.
 func (f *datagramFlow) applyHeader(p *packet) {
 	if f.port != nil {
@@ -39,7 +42,9 @@ func (f *datagramFlow) applyHeader(p *packet) {
 		f.ttl = ttl
 		_ = unix.SetsockoptInt(f.fd, level, ttlOpt, int(ttl)) // a hop limit of 0 is refused: the packet goes with the last
 	}
-	df = df && !p.reassembled // what came in fragments may go on in fragments
+	// What came in fragments may go on in fragments. So may what no program on a machine with an ordinary link could send in one
+	// piece: its kernel would cut it there, and it only fits the device here because that takes more.
+	df = df && !p.reassembled && p.h.End <= ordinaryMTU
 	if df != f.df {
 		f.df = df
 		mode := unix.IP_PMTUDISC_DONT
