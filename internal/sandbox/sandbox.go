@@ -290,9 +290,15 @@ func (s *Sandbox) Close() error {
 func (s *Sandbox) watch() {
 	var end *Exit
 	buf := make([]byte, maxMessage)
-	for {
+	for resets := 0; ; {
 		m, err := s.child.peer.receive(buf)
 		closeAll(m.files)
+		if errors.Is(err, unix.ECONNRESET) && resets == 0 {
+			// init ended before it read what we sent last, a signal to forward say. The kernel tells that once, and before
+			// it gives us what init sent: how the command ended.
+			resets++
+			continue
+		}
 		if err != nil || len(m.body) == 0 {
 			break
 		}
