@@ -393,3 +393,28 @@ func BenchmarkTrue(b *testing.B) {
 		}
 	}
 }
+
+// TestSignalAtTheEndKeepsTheExit has init end with messages unread: how the command ended is still told. The kernel reports what
+// init left unread before it gives us init's last message.
+func TestSignalAtTheEndKeepsTheExit(t *testing.T) {
+	bothWays(t, func(t *testing.T, begin func(Config) *Sandbox) {
+		for range 10 {
+			s := begin(Config{Command: sh("exec sleep 50")})
+			// While init stands still, the command ends and requests pile up; init then hears of the end among them.
+			if err := unix.Kill(s.PID(), unix.SIGSTOP); err != nil {
+				t.Fatal(err)
+			}
+			for range 100 {
+				if err := s.Signal(unix.SIGWINCH); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := errors.Join(unix.Kill(s.CommandPID(), unix.SIGKILL), unix.Kill(s.PID(), unix.SIGCONT)); err != nil {
+				t.Fatal(err)
+			}
+			if e, err := s.Wait(); err != nil || e.Signal != unix.SIGKILL {
+				t.Fatalf("the command ended with %v, %v, want by signal 9", e, err)
+			}
+		}
+	})
+}
