@@ -46,6 +46,13 @@ func (n *netns) do(fn func() error) error {
 	result := make(chan error, 1) // one result
 	go func() {                   // owner: the caller, who waits for the result
 		runtime.LockOSThread()
+		if unix.Gettid() == os.Getpid() {
+			// The process's first thread never ends: it would keep the namespace. While we hold it, another goroutine
+			// gets another thread.
+			defer runtime.UnlockOSThread()
+			result <- n.do(fn)
+			return
+		}
 		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
 			result <- fmt.Errorf("enter network namespace %s: %w (CAP_SYS_ADMIN is needed: run as root)", n.file.Name(), err)
 			return
