@@ -182,7 +182,6 @@ func New(dev tun.Device, o Options) (*Gateway, error) {
 	g.datagrams.init(o.MaxDatagramFlows)
 	g.dgram.init()
 	g.relay.buf = make([]byte, scratchSize)
-	g.inject.init()
 	if err := g.startStack(); err != nil {
 		return nil, err
 	}

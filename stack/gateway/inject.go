@@ -25,8 +25,6 @@ type injection struct {
 	used [layers.MaxInjectors + 1]bool
 }
 
-func (*injection) init() {}
-
 // NewInjector implements layers.InjectBackend.
 func (g *Gateway) NewInjector(name string) (uint8, error) {
 	i := &g.inject
